@@ -1,0 +1,82 @@
+"""mpq: which layer of a neural network gets which number format, on this hardware, under these budgets.
+
+    plan = mpq.search(model, data, options=["int4", "int8"], budgets={"size": "18%"})
+    mpq.verify(model, heldout, plan)
+    with mpq.quantized(model, plan): ...
+    mpq.export(plan, "torchao")
+
+Names are imported when first used: a saved table is solved without torch, and `import mpq` is instant.
+"""
+
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+# A checkout keeps the sub-packages beside this folder, a wheel inside it: either way they are `mpq.<name>`.
+if not (_Path(__file__).parent / "solvers").is_dir():
+    __path__.append(str(_Path(__file__).parents[1]))
+
+if _TYPE_CHECKING:
+    from mpq.exporting import export
+    from mpq.layers import Layer, Network
+    from mpq.options import Option, SearchSpace
+    from mpq.pipeline import measure, search
+    from mpq.plan import Plan
+    from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
+    from mpq.surgery import quantized
+    from mpq.tables import CostTable
+    from mpq.tracing import trace
+    from mpq.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocation",
+    "AllocationProblem",
+    "CostTable",
+    "InfeasibleError",
+    "Layer",
+    "Network",
+    "Option",
+    "Plan",
+    "Proof",
+    "SearchSpace",
+    "export",
+    "measure",
+    "quantized",
+    "search",
+    "trace",
+    "verify",
+]
+
+_HOME = {
+    "Allocation": "problem",
+    "AllocationProblem": "problem",
+    "CostTable": "tables",
+    "InfeasibleError": "problem",
+    "Layer": "layers",
+    "Network": "layers",
+    "Option": "options",
+    "Plan": "plan",
+    "Proof": "problem",
+    "SearchSpace": "options",
+    "export": "exporting",
+    "measure": "pipeline",
+    "quantized": "surgery",
+    "search": "pipeline",
+    "trace": "tracing",
+    "verify": "verification",
+}
+_MODULES = ("fake_quantize", "formats", "hardware_models", "sensitivity", "solvers", "tasks")
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(_import_module(f"mpq.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return _import_module(f"mpq.{name}")
+    raise AttributeError(f"module 'mpq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -1,0 +1,177 @@
+"""Quantise and dequantise: the values that a tensor has after a round trip through a number format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mpq.formats import GGUF, MSE, NVFP4, TENSOR, BinaryCoded, NumberFormat, Percentile, UnsignedInteger, parse
+from mpq.grids import on_grid
+from mpq.rounding import divide
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHRINK_FACTORS = tuple(10 ** (-step / 39) for step in range(40))
+"""Tried by the MSE range: from 1 down to 1/10, each 6 % below the last."""
+
+_CHUNK = 2**18  # values at a time: temporaries of them stay in a CPU's cache
+_CHUNK_ON_DEVICE = 2**26
+
+
+@torch.no_grad()
+def fake_quantize(tensor: Tensor, fmt: NumberFormat | str, axis: int = 0, *, name: str = "") -> Tensor:
+    """The tensor as it is after being stored in a format, in its own shape and dtype.
+
+    The tensor is seen as (rows, columns): `axis` gives the rows, the other axes in order the columns; a 1-D tensor is
+    one row. Groups and blocks run along the columns within a row. With ``@token`` every vector of the last axis is a
+    row, whatever `axis` is. The work is done in float32 (float64 for float64), a bounded number of rows at a time.
+
+    Args:
+        tensor: any shape; float16, bfloat16, float32 or float64. It is not changed.
+        fmt: the format; one without granularity is bound as a weight's, ``@channel``.
+        axis: the axis of the output channels.
+        name: what an error calls the tensor.
+
+    Raises:
+        ValueError: if a value is NaN or infinite, the axis does not exist, or the format can be priced but not
+            simulated.
+        TypeError: if the tensor is not of one of those dtypes.
+
+    Example:
+        >>> fake_quantize(torch.tensor([[7.0, -3.2, 0.4], [14.0, 5.1, 1.0]]), "int4")  # steps of 1 and 2, ties to even
+        tensor([[ 7., -3.,  0.],
+                [14.,  6.,  0.]])
+    """
+    fmt = (parse(fmt) if isinstance(fmt, str) else fmt).bind("weight")
+    _check(tensor, axis, name)
+    tensor = tensor.detach()
+    if tensor.numel() == 0:
+        return tensor.clone()
+    limits = _finite_range(tensor, name)
+    source, columns = _as_rows(tensor, fmt, axis)
+    if fmt.granularity == TENSOR and isinstance(fmt.range, MSE | Percentile):
+        limits = _tensor_range(source, columns, fmt, limits)
+    result = torch.empty_like(source)
+    saturation = torch.finfo(tensor.dtype).max
+    for part, rows in zip(_parts(result), _chunks(source, columns), strict=True):
+        part.copy_(_rounded(rows, fmt, limits).clamp_(-saturation, saturation).reshape(part.shape))
+    return result.reshape(tensor.shape) if _is_flattened(tensor, fmt) else result.movedim(0, axis)
+
+
+def _check(tensor: Tensor, axis: int, name: str) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name or 'tensor'} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if not -max(tensor.ndim, 1) <= axis < max(tensor.ndim, 1):
+        raise ValueError(f"axis of {name or 'tensor'} must be one of its {tensor.ndim} axes, got {axis}")
+
+
+def _finite_range(tensor: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value, (1, 1) each, in the dtype of the computation."""
+    low, high = tensor.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name or 'tensor'} must be finite to be quantised, got {count} NaN or infinite of {tensor.numel()} values"
+        )
+    return low.to(_compute_dtype(tensor)).reshape(1, 1), high.to(_compute_dtype(tensor)).reshape(1, 1)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _is_flattened(tensor: Tensor, fmt: NumberFormat) -> bool:
+    return tensor.ndim < 2 or fmt.granularity is None or fmt.granularity.kind in ("tensor", "token")
+
+
+def _as_rows(tensor: Tensor, fmt: NumberFormat, axis: int) -> tuple[Tensor, int]:
+    """The tensor with an axis in front that can be cut into chunks, and the number of columns of a row."""
+    if not _is_flattened(tensor, fmt):
+        moved = tensor.movedim(axis, 0)
+        return moved, prod(moved.shape[1:])
+    if fmt.granularity is None or (fmt.granularity == TENSOR and not isinstance(fmt, BinaryCoded)):
+        return tensor.reshape(-1), 1
+    columns = tensor.shape[-1] if fmt.granularity.kind == "token" and tensor.ndim else tensor.numel()
+    return tensor.reshape(-1, columns), columns
+
+
+def _parts(source: Tensor) -> tuple[Tensor, ...]:
+    chunk = _CHUNK if source.device.type == "cpu" else _CHUNK_ON_DEVICE
+    return torch.split(source, max(1, chunk // source[0].numel()))
+
+
+def _chunks(source: Tensor, columns: int) -> Iterator[Tensor]:
+    """(rows, columns) after (rows, columns) in the dtype of the computation."""
+    return (part.reshape(-1, columns).to(_compute_dtype(part)).contiguous() for part in _parts(source))
+
+
+def _rounded(rows: Tensor, fmt: NumberFormat, limits: tuple[Tensor, Tensor]) -> Tensor:
+    if fmt.granularity is None or fmt.granularity == TENSOR:
+        return on_grid(fmt, rows, *limits)
+    size = fmt.granularity.size or rows.shape[1]
+    if isinstance(fmt, BinaryCoded | GGUF | NVFP4):
+        return _per_group(rows, size, lambda x: on_grid(fmt, x, *limits))
+    return _per_group(rows, size, lambda x: on_grid(fmt, x, *_group_range(x, fmt)))
+
+
+def _per_group(rows: Tensor, size: int, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply to the groups (groups, size) of all rows, and to the short last groups (rows, rest)."""
+    count, columns = rows.shape
+    whole = columns // size * size
+    if whole == columns:
+        return rounded(rows.reshape(-1, size)).reshape(rows.shape)
+    short = rounded(rows[:, whole:].contiguous())
+    if whole == 0:
+        return short
+    return torch.cat([rounded(rows[:, :whole].reshape(-1, size)).reshape(count, whole), short], dim=1)
+
+
+def _group_range(x: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
+    """The range that the scale of every group covers, (groups, 1) each."""
+    if isinstance(fmt.range, Percentile):
+        return _percentiles(x, fmt, fmt.range.p)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    if isinstance(fmt.range, MSE):
+        factor = _least_error_factor(lambda: [x], fmt, low, high)
+        return low * factor, high * factor
+    return low, high
+
+
+def _tensor_range(
+    source: Tensor, columns: int, fmt: NumberFormat, limits: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    if isinstance(fmt.range, Percentile):
+        return _percentiles(source.reshape(1, -1).to(_compute_dtype(source)), fmt, fmt.range.p)
+    factor = _least_error_factor(lambda: (rows.reshape(1, -1) for rows in _chunks(source, columns)), fmt, *limits)
+    return limits[0] * factor, limits[1] * factor
+
+
+def _least_error_factor(chunks: Callable[[], Iterable[Tensor]], fmt: NumberFormat, low: Tensor, high: Tensor) -> Tensor:
+    """Of `SHRINK_FACTORS` the one with the least squared error over all chunks, for every group, (groups, 1)."""
+    amax = torch.maximum(-low, high)
+    best, best_error = torch.ones_like(amax), torch.full_like(amax, torch.inf, dtype=torch.float64)
+    for factor in SHRINK_FACTORS:
+        error = torch.zeros_like(best_error)
+        for x in chunks():
+            difference = divide(on_grid(fmt, x, low * factor, high * factor).sub_(x), amax)
+            error += difference.square_().sum(1, keepdim=True)
+        better = error < best_error
+        best, best_error = best.masked_fill(better, factor), torch.where(better, error, best_error)
+    return best
+
+
+def _percentiles(x: Tensor, fmt: NumberFormat, p: float) -> tuple[Tensor, Tensor]:
+    if isinstance(fmt, UnsignedInteger):
+        return _percentile(x, 100 - p), _percentile(x, p)
+    high = _percentile(x.abs(), p)
+    return -high, high
+
+
+def _percentile(x: Tensor, p: float) -> Tensor:
+    """Interpolated between order statistics, (groups, 1); `torch.quantile` stops at 2^24 values."""
+    position = p / 100 * (x.shape[1] - 1)
+    below = x.kthvalue(int(position) + 1, dim=1, keepdim=True).values
+    above = x.kthvalue(min(int(position) + 2, x.shape[1]), dim=1, keepdim=True).values
+    return below.lerp(above, position - int(position))

@@ -1,0 +1,121 @@
+"""What is known before anything long starts: layers, ties, reach of budgets, refused options, time and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq.options import SearchSpace
+from mpq.pipeline import Priced, price
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Smallest and largest total of a quantity over all plans, and what 100 % is; base units, offsets included."""
+
+    quantity: str
+    measure: str
+    low: float
+    high: float
+    whole: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of `inspect_model`. `seconds` and `memory_bytes` are estimates from one timed forward pass."""
+
+    priced: Priced
+    ties: tuple[tuple[str, ...], ...]
+    reaches: tuple[Reach, ...]
+    refused: dict[tuple[str, str], str]
+    method: str
+    task: str
+    samples: int
+    seconds: float
+    memory_bytes: float
+
+
+def inspect_model(
+    model: nn.Module,
+    data: Any,
+    space: SearchSpace,
+    *,
+    hardware: Any = None,
+    sensitivity: Any = "auto",
+    task: Any = None,
+    granularity: str = "layer",
+    batch: int = 1,
+) -> Inspection:
+    """Trace and price a model and time one forward pass.
+
+    Raises:
+        ValueError: if the data, a pattern or a name is wrong.
+    """
+    from mpq.batches import batches_of, samples_in
+    from mpq.surgery import evaluating
+    from mpq.task_choice import choose_task
+
+    batches = batches_of(data)
+    priced = price(model, batches, space, hardware=hardware, granularity=granularity, batch=batch)
+    samples = samples_in(batches)
+    with evaluating(model):
+        chosen = choose_task(model, batches[0], task)
+        forward = _forward_seconds(model, chosen, batches[0]) * len(batches)
+    method = sensitivity
+    if method == "auto":
+        estimator = import_module("mpq.sensitivity").automatic(priced.network, space, samples, granularity)
+        method = {"KL": "kl"}.get(type(estimator).__name__, "output_fisher")
+    table = priced.table({})
+    reaches = tuple(
+        Reach(name, table.measures[name], *table.reachable(name), table.reference.get(name))
+        for name in table.quantities
+    )
+    candidates = space.candidates(priced.network)
+    refused = {
+        (layer, option): reason
+        for (layer, option), reason in priced.costs.attrs["refused"].items()
+        if option in map(str, candidates[layer])
+    }
+    runs = sum(map(len, candidates.values()))
+    return Inspection(
+        priced=priced,
+        ties=space.tied_layers(priced.network),
+        reaches=reaches,
+        refused=refused,
+        method=str(method),
+        task=repr(chosen),
+        samples=samples,
+        seconds=forward
+        * {"kl": runs + 1.0, "output_fisher": 3.0 + runs / max(len(candidates), 1)}.get(str(method), 0.0),
+        memory_bytes=_memory(priced, str(method)),
+    )
+
+
+def _forward_seconds(model: nn.Module, task: Any, batch: Any) -> float:
+    import torch
+
+    with torch.no_grad():
+        task.run(model, batch)
+        start = time.perf_counter()
+        task.run(model, batch)
+    return time.perf_counter() - start
+
+
+def _memory(priced: Priced, method: str) -> float:
+    """Peak of the process so far, and on top what the method keeps: quantised weights, layer inputs and outputs."""
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    layers = priced.network.layers
+    weights = np.array([layer.weight_bytes for layer in layers], float)
+    activations = 4.0 * sum(layer.input_elements + layer.output_elements for layer in layers)
+    if method == "output_fisher":
+        return float(now + weights.sum() * len(priced.space.all_options) + activations)
+    return float(now + 3 * weights.max())

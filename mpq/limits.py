@@ -1,0 +1,80 @@
+"""Budgets applied to a table: what a limit is in base units, and what its 100 % or its denominator was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq.budgets import Budget, format_quantity, parse_budget
+
+if TYPE_CHECKING:
+    from mpq.tables import CostTable
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget in base units.
+
+    `resource` is the table's quantity it limits (`"4 bits values"` limits `value_size`), `asked` the text it came from,
+    `meaning` says in words what 100 % or the denominator is.
+    """
+
+    resource: str
+    value: float
+    asked: str
+    meaning: str
+
+
+def apply_budgets(table: CostTable, budgets: Mapping[str, float | str]) -> tuple[Limit, ...]:
+    """Every budget as a limit in base units.
+
+    Percent is of the model as it stands, unquantised, on the same target; where the target cannot run that, of the most
+    expensive allowed option. Bits are an average over the weights of the planned layers, pinned ones included.
+
+    Raises:
+        ValueError: if the table lacks the quantity or what the budget refers to, or the unit is wrong.
+
+    Example:
+        >>> from mpq.tables import CostTable
+        >>> table = CostTable(units=["fc"], options=["int4"], quantities={"size": [[50.0]]},
+        ...                   parameters=[100], offsets={"size": 8.0}, reference={"size": 408.0})
+        >>> [limit.value for limit in apply_budgets(table, {"size": "25%"})]
+        [102.0]
+        >>> [limit.value for limit in apply_budgets(table, {"size": "4 bits"})]
+        [58.0]
+    """
+    limits = []
+    for quantity, asked in budgets.items():
+        table.quantity(quantity)
+        budget = parse_budget(quantity, asked, table.measures[quantity])
+        limits.append(_applied(table, budget, str(asked)))
+    return tuple(limits)
+
+
+def _applied(table: CostTable, budget: Budget, asked: str) -> Limit:
+    name, measure = budget.quantity, table.measures[budget.quantity]
+    if budget.kind == "absolute":
+        return Limit(name, budget.value, asked, f"{name} at most {format_quantity(budget.value, measure)}")
+    if budget.kind == "fraction":
+        whole, what = _whole(table, name)
+        limit = budget.value * whole
+        meaning = f"{name} at most {budget} = {format_quantity(limit, measure)}; 100% is {what}, "
+        return Limit(name, limit, asked, meaning + format_quantity(whole, measure))
+    if table.parameters is None:
+        raise ValueError(f"budget of {name} in bits needs the table's parameters, it has none: write bytes or percent")
+    weights = int(table.parameters.sum())
+    resource = name if budget.kind == "bits" else "value_size"
+    table.quantity(resource)
+    limit = budget.value * weights / 8 + table.offsets.get(resource, 0.0)
+    meaning = f"{name} at most {budget} averaged over {weights:,} weights of planned layers = "
+    return Limit(resource, limit, asked, meaning + format_quantity(limit, measure))
+
+
+def _whole(table: CostTable, name: str) -> tuple[float, str]:
+    if name in table.reference:
+        return table.reference[name], "the model as it stands"
+    dearest = np.where(table.allowed, table.quantity(name), -np.inf).max(axis=1).sum()
+    return float(dearest) + table.offsets.get(name, 0.0), "the dearest allowed option everywhere"

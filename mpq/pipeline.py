@@ -1,0 +1,271 @@
+"""The main job: trace, score, price, and solve for a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mpq.limits import Limit, apply_budgets
+from mpq.options import Option, SearchSpace
+from mpq.plan import Plan, weight_format
+from mpq.planning import solve_table
+from mpq.tables import CostTable
+from mpq.unit_storage import unit_storage_bits
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from mpq.layers import Network, Units
+
+Candidates = Iterable[Option | str] | Mapping[str, Iterable[Option | str]]
+
+
+def search(  # noqa: PLR0917 - the order is public
+    model: nn.Module,
+    data: Any,
+    options: Candidates,
+    budgets: Mapping[str, float | str],
+    holdout: Any = None,
+    hardware: Any = None,
+    sensitivity: Any = "auto",
+    solver: Any = "auto",
+    pins: Mapping[str, Option | str] | None = None,
+    ties: Literal["auto"] | Iterable[str] | None = "auto",
+    seed: int = 0,
+    cache: str | Path | None = None,
+    **settings: Any,
+) -> Plan:
+    """Which layer gets which format: the plan with the least predicted loss that keeps every budget.
+
+    Args:
+        model: a trained model in full precision; comes back bit for bit.
+        data: calibration data: a DataLoader, a list of batches, or one batch. A batch is `(inputs, targets)`, a mapping
+            the model is called with, or inputs alone.
+        options: formats a layer may take, such as ["int4", "int8"] or ["int4/int8"], or a mapping from name patterns.
+        budgets: a limit a quantity: "18%" (of the model as it stands), "4.5 bits", "7.9 MB", "4 ms", or base units.
+        holdout: data the plan was not made on; with it the plan is verified and `plan.measured` filled.
+        hardware: name of a device, path of a device file, or a `Target`; needed for budgets of latency.
+        sensitivity: a method of `mpq.sensitivity`, or an estimator.
+        solver: a solver of `mpq.solvers`, or an instance.
+        pins: name patterns and the option those layers take.
+        ties: "auto", None, or name patterns; see `SearchSpace`.
+        seed: of everything random.
+        cache: a folder for finished measurements: an interrupted search goes on there.
+        **settings: those of `measure` (task, granularity, quantizer, batch, progress).
+
+    Returns:
+        The plan; `plan.table` solves for other budgets in milliseconds.
+
+    Raises:
+        InfeasibleError: if no plan keeps the budgets, before anything long starts; it says what could be reached.
+        ValueError: if a name, pattern, unit or the data is wrong.
+    """
+    space = SearchSpace(options, pins, ties)
+    table = measure(
+        model,
+        data,
+        space,
+        hardware=hardware,
+        sensitivity=sensitivity,
+        seed=seed,
+        cache=cache,
+        budgets=budgets,
+        **settings,
+    )
+    plan = solve_table(table, budgets, solver=solver)
+    if holdout is None:
+        return plan
+    verify = import_module("mpq.verification").verify
+    report = verify(model, holdout, plan, task=settings.get("task"), quantizer=settings.get("quantizer"))
+    return replace(plan, measured=report.measured)
+
+
+def measure(
+    model: nn.Module,
+    data: Any,
+    space: SearchSpace | Candidates,
+    *,
+    hardware: Any = None,
+    sensitivity: Any = "auto",
+    budgets: Mapping[str, float | str] | None = None,
+    task: Any = None,
+    granularity: str = "layer",
+    quantizer: Any = None,
+    batch: int = 1,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: bool = True,
+    method_settings: Mapping[str, Any] | None = None,
+) -> CostTable:
+    """Trace, price and score a model: a table that is solved for any budget without the model.
+
+    Args:
+        model: as for `search`.
+        data: as for `search`.
+        space: a `SearchSpace`, or the options of one.
+        hardware: as for `search`.
+        sensitivity: as for `search`.
+        budgets: refused at once if they cannot be kept, before the model is measured.
+        task: how a batch is run and what the loss is (`mpq.tasks`).
+        granularity: what takes an option of its own: "layer", "rows:16", "groups:64".
+        quantizer: whose error is scored; rounds to nearest by default.
+        batch: samples a pass, for latency.
+        seed: as for `search`.
+        cache: as for `search`.
+        progress: show a bar on a terminal.
+        method_settings: fields of the sensitivity method.
+
+    Raises:
+        InfeasibleError: if `budgets` cannot be kept.
+        ValueError: if a name, pattern, unit or the data is wrong.
+    """
+    space = space if isinstance(space, SearchSpace) else SearchSpace(space)
+    priced = price(model, data, space, hardware=hardware, granularity=granularity, batch=batch)
+    if budgets is not None:
+        priced.check_reachable(budgets)
+    frame = import_module("mpq.sensitivity").estimate(
+        model,
+        data,
+        priced.network,
+        space,
+        method=sensitivity,
+        task=task,
+        seed=seed,
+        granularity=granularity,
+        quantizer=quantizer,
+        cache=cache,
+        progress=progress,
+        **(method_settings or {}),
+    )
+    provenance = {"samples": _samples(data), "seed": seed, "sensitivity": frame.attrs["method"]}
+    provenance |= {"task": frame.attrs["task"], "quantizer": repr(quantizer) if quantizer else "RoundToNearest()"}
+    return priced.table({"sensitivity": frame, "sensitivity_se": frame}, frame.attrs["measure"], provenance)
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A traced network and the costs of its options; all that is known before the model is measured."""
+
+    network: Network
+    space: SearchSpace
+    granularity: str
+    costs: pd.DataFrame
+
+    def table(
+        self, scores: Mapping[str, pd.DataFrame], measure: str = "score", provenance: Mapping[str, Any] | None = None
+    ) -> CostTable:
+        """The cost table, with columns of estimates beside the costs."""
+        units = self.network.units(self.granularity)
+        shape = (len(units), len(self.space.all_options))
+        scored = {name: frame[name].to_numpy(float).reshape(shape) for name, frame in scores.items()}
+        position = {layer.name: index for index, layer in enumerate(self.network.layers)}
+        ties = self.space.tied_layers(self.network) if self.granularity == "layer" else ()
+        attributes = self.costs.attrs
+        return CostTable(
+            units=units.labels,
+            options=list(map(str, self.space.all_options)),
+            quantities=scored | _unit_costs(self.costs, self.network, self.space, units, self.granularity),
+            measures=dict(attributes["measures"]) | dict.fromkeys(scored, measure),
+            parameters=units.parameters,
+            layers=self.network.layers,
+            layer_index=units.layer_index,
+            granularity=self.granularity,
+            ties=[[position[name] for name in group] for group in ties],
+            offsets=attributes["offsets"],
+            reference=_as_it_stands(attributes),
+            provenance={**_provenance(self), **(provenance or {})},
+            fingerprint=self.network.fingerprint,
+        )
+
+    def check_reachable(self, budgets: Mapping[str, float | str]) -> tuple[Limit, ...]:
+        """Refuse budgets that no plan keeps, whatever the scores will be.
+
+        Raises:
+            InfeasibleError: if they cannot be kept; it says what could be reached.
+        """
+        table = self.table({})
+        flat = replace(table, quantities={"sensitivity": np.where(table.allowed, 0.0, np.nan), **table.quantities})
+        solve_table(flat, budgets)
+        return apply_budgets(flat, budgets)
+
+
+def price(
+    model: nn.Module, data: Any, space: SearchSpace, *, hardware: Any = None, granularity: str = "layer", batch: int = 1
+) -> Priced:
+    """Trace the model on the first batch and price every option; nothing is measured.
+
+    Raises:
+        ValueError: if the data is empty or not finite, the model cannot run on it, or a pattern matches nothing.
+    """
+    from mpq.batches import batches_of, split_batch
+    from mpq.tracing import trace
+
+    batches = batches_of(data)
+    network = trace(model, split_batch(batches[0])[0])
+    if not network.layers:
+        raise ValueError("the model must have a layer to plan (linear, convolution, embedding), found none")
+    space.candidates(network)
+    network.units(granularity)
+    return Priced(network, space, granularity, _target(hardware).costs(network, space, batch=batch))
+
+
+def _target(hardware: Any) -> Any:
+    models = import_module("mpq.hardware_models")
+    if hardware is None:
+        return models.storage()
+    return models.load(hardware) if isinstance(hardware, str | Path) else hardware
+
+
+def _unit_costs(
+    costs: pd.DataFrame, network: Network, space: SearchSpace, units: Units, granularity: str
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Costs a unit: sizes counted exactly, with the index of a split layer; others in proportion to weights."""
+    shape = (len(network.layers), len(space.all_options))
+    by_layer = {name: costs[name].to_numpy(float).reshape(shape) for name in costs.columns}
+    if granularity == "layer":
+        return by_layer
+    share = (units.parameters / np.array([layer.parameters for layer in network.layers])[units.layer_index])[:, None]
+    by_unit = {name: values[units.layer_index] * share for name, values in by_layer.items()}
+    candidates = space.candidates(network)
+    index_bits = np.array([np.ceil(np.log2(len(candidates[layer.name]))) for layer in network.layers])
+    for column, option in enumerate(space.all_options):
+        available = np.isfinite(by_unit["size"][:, column])
+        bits = unit_storage_bits(units, weight_format(option)) + index_bits[units.layer_index]
+        by_unit["size"][:, column] = np.where(available, bits / 8, np.nan)
+    return by_unit
+
+
+def _provenance(priced: Priced) -> dict[str, Any]:
+    import torch
+
+    attributes = priced.costs.attrs
+    candidates = {name: list(map(str, options)) for name, options in priced.space.candidates(priced.network).items()}
+    return {
+        "options": list(map(str, priced.space.all_options)),
+        "candidates": candidates if len({tuple(labels) for labels in candidates.values()}) > 1 else {},
+        "pins": {pattern: str(option) for pattern, option in priced.space.pins.items()},
+        "granularity": priced.granularity,
+        "hardware": attributes["provenance"],
+        "estimates": list(attributes["estimates"]),
+        "refused": [f"{layer}: {option}: {reason}" for (layer, option), reason in attributes["refused"].items()][:100],
+        "skipped": dict(priced.network.skipped),
+        "versions": {"torch": str(torch.__version__), "mpq": import_module("mpq").__version__},
+    }
+
+
+def _as_it_stands(attributes: Mapping[Any, Any]) -> dict[str, float]:
+    """What 100 % is where the target runs the model as it stands; elsewhere the table takes the dearest option."""
+    meaning = attributes["reference_meaning"]
+    return {name: value for name, value in attributes["reference"].items() if meaning[name].startswith("the model")}
+
+
+def _samples(data: Any) -> int:
+    from mpq.batches import batches_of, samples_in
+
+    return samples_in(batches_of(data))

@@ -1,0 +1,219 @@
+"""Cost tables on disk: parquet for machines, CSV (with a JSON beside it) for people. Both ways are exact."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from mpq.atomic import check_writable, write_atomically
+from mpq.layers import Layer
+from mpq.tables import CostTable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+_HEADER = re.compile(r"(?P<name>[^\[\]]+?)\s*(?:\[(?P<measure>[^\[\]]*)\])?")
+_NOT_QUANTITIES = ("unit", "option", "layer", "parameters")
+
+
+class TableRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """Everything of a table that is not a column."""
+
+    schema_version: int
+    measures: dict[str, str]
+    aggregates: dict[str, str]
+    layers: list[Layer]
+    granularity: str
+    ties: list[list[int]]
+    offsets: dict[str, float]
+    reference: dict[str, float]
+    alive: dict[str, list[list[int]]]
+    pairs: list[tuple[int, int, list[list[float]]]]
+    transitions: dict[str, list[tuple[int, int, list[list[float]]]]]
+    provenance: dict[str, Any]
+    fingerprint: str
+    digest: str = ""
+
+
+def save_table(table: CostTable, path: Path) -> None:
+    """Write a table as `.parquet` or `.csv`, whole or not at all.
+
+    Raises:
+        ValueError: if the path has another ending or cannot be written.
+    """
+    record, frame = _record(table), _columns(table)
+    if path.suffix == ".csv":
+        check_writable(path.with_suffix(".json"))
+        write_atomically(path, frame.to_csv(index=False))
+        write_atomically(path.with_suffix(".json"), msgspec.json.format(msgspec.json.encode(record), indent=1))
+    elif path.suffix == ".parquet":
+        record.digest = _digest(record, frame)
+        write_atomically(path, lambda partial: _write_parquet(frame, record, partial))
+    else:
+        raise ValueError(f"a table's file must end in .parquet or .csv, got {str(path)!r}")
+
+
+def load_table(path: Path) -> CostTable:
+    """Read a table.
+
+    Raises:
+        ValueError: if the file is missing, truncated, changed (parquet), of another version, or not a table.
+    """
+    if not path.is_file():
+        raise ValueError(f"cannot read table {str(path)!r}: there is no such file")
+    if path.suffix == ".csv":
+        frame = _read_csv(path)
+        beside = path.with_suffix(".json")
+        record = _decode(beside, beside.read_bytes()) if beside.is_file() else None
+    elif path.suffix == ".parquet":
+        frame, content = _read_parquet(path)
+        record = _decode(path, content)
+        if record.digest != _digest(record, frame):
+            raise ValueError(
+                f"{str(path)!r} was changed after mpq wrote it: its digest does not match; measure it again"
+            )
+    else:
+        raise ValueError(f"a table's file must end in .parquet or .csv, got {str(path)!r}")
+    try:
+        return _table(frame, record)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def _record(table: CostTable) -> TableRecord:
+    return TableRecord(
+        schema_version=SCHEMA_VERSION,
+        measures=dict(table.measures),
+        aggregates=dict(table.aggregates),
+        layers=list(table.layers),
+        granularity=table.granularity,
+        ties=[list(group) for group in table.ties],
+        offsets=dict(table.offsets),
+        reference=dict(table.reference),
+        alive={name: steps.tolist() for name, steps in table.alive.items()},
+        pairs=_blocks(table.pairs),
+        transitions={name: _blocks(blocks) for name, blocks in table.transitions.items()},
+        provenance=dict(table.provenance),
+        fingerprint=table.fingerprint,
+    )
+
+
+def _columns(table: CostTable) -> pd.DataFrame:
+    frame = table.frame.reset_index()
+    frame.insert(2, "layer", np.repeat(table.layer_index, len(table.options)))
+    if table.parameters is not None:
+        frame.insert(3, "parameters", np.repeat(table.parameters, len(table.options)))
+    return frame.rename(columns={name: _header(name, table.measures[name]) for name in table.quantities})
+
+
+def _table(frame: pd.DataFrame, record: TableRecord | None) -> CostTable:
+    for column in ("unit", "option"):
+        if column not in frame.columns:
+            raise ValueError(f"a table must have a column {column!r}, it has {', '.join(map(str, frame.columns))}")
+    measures, renamed = {}, {}
+    for column in frame.columns:
+        if column not in _NOT_QUANTITIES:
+            match = _HEADER.fullmatch(str(column).strip())
+            if match is None:
+                raise ValueError(f"column {column!r} must be named like 'size [B]'")
+            renamed[column] = match["name"]
+            if match["measure"] is not None:
+                measures[match["name"]] = match["measure"]
+    tidy = frame.rename(columns=renamed).set_index(["unit", "option"])
+    extra = tidy[[name for name in ("layer", "parameters") if name in tidy.columns]]
+    fields: dict[str, Any] = {"measures": measures}
+    per_unit = extra[~tidy.index.get_level_values(0).duplicated()]
+    fields |= {field: per_unit[name].to_numpy() for name, field in _PER_UNIT.items() if name in per_unit}
+    if record is not None:
+        fields |= _fields(record)
+    return CostTable.from_frame(tidy.drop(columns=list(extra.columns)), **fields)
+
+
+_PER_UNIT = {"layer": "layer_index", "parameters": "parameters"}
+
+
+def _fields(record: TableRecord) -> dict[str, Any]:
+    return {
+        "measures": record.measures,
+        "aggregates": record.aggregates,
+        "layers": tuple(record.layers),
+        "granularity": record.granularity,
+        "ties": record.ties,
+        "offsets": record.offsets,
+        "reference": record.reference,
+        "alive": record.alive,
+        "pairs": {(i, j): np.asarray(block) for i, j, block in record.pairs},
+        "transitions": {
+            name: {(i, j): np.asarray(block) for i, j, block in blocks} for name, blocks in record.transitions.items()
+        },
+        "provenance": record.provenance,
+        "fingerprint": record.fingerprint,
+    }
+
+
+def _blocks(blocks: Any) -> list[tuple[int, int, list[list[float]]]]:
+    return [(int(i), int(j), np.asarray(block, float).tolist()) for (i, j), block in blocks.items()]
+
+
+def _header(name: str, measure: str) -> str:
+    return f"{name} [{measure}]" if measure else name
+
+
+def _decode(path: Path, content: bytes) -> TableRecord:
+    try:
+        record = msgspec.json.decode(content, type=TableRecord)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{str(path)!r} does not describe an mpq table: {error}") from error
+    if record.schema_version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has schema_version {record.schema_version}, this mpq reads version {SCHEMA_VERSION}"
+        )
+    return record
+
+
+def _digest(record: TableRecord, frame: pd.DataFrame) -> str:
+    digest = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(record, digest=""), order="sorted"))
+    for column in frame.columns:
+        values = frame[column].to_numpy()
+        digest.update(f"{column};".encode())
+        digest.update("\0".join(values).encode() if values.dtype.kind in "OU" else values.tobytes())
+    return digest.hexdigest()
+
+
+def _write_parquet(frame: pd.DataFrame, record: TableRecord, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrow = pa.Table.from_pandas(frame, preserve_index=False)
+    pq.write_table(arrow.replace_schema_metadata({"mpq": msgspec.json.encode(record)}), path)
+
+
+def _read_parquet(path: Path) -> tuple[pd.DataFrame, bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        arrow = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{str(path)!r} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+    metadata = arrow.schema.metadata or {}
+    if b"mpq" not in metadata:
+        raise ValueError(f"{str(path)!r} is a parquet file, but not an mpq table")
+    return arrow.to_pandas(), metadata[b"mpq"]
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        return pd.read_csv(
+            path, float_precision="round_trip", dtype={"unit": str, "option": str}, skipinitialspace=True
+        )
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable CSV file: {error}") from error

@@ -1,0 +1,240 @@
+"""How a model is run on a batch, what its loss is, and how far its outputs are from another model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.batches import Batch, batch_size, call, split_batch, tensors_of
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+IGNORED = -100  # the label that cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model said about one batch.
+
+    `values` has the samples first and, where it is a distribution, the logits last: (samples, ..., classes). `mask` is
+    False at the positions (samples, ...) that are padding. `labels` has the shape of the positions, or is None.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """(samples,): how many positions of each sample count; 1 where a sample has one output."""
+        samples = self.values.shape[0]
+        if self.mask is not None:
+            return self.mask.reshape(samples, -1).sum(1).clamp_min(1)
+        per_sample = max(1, self.values[0, ..., 0].numel()) if self.values.ndim > 1 else 1
+        return torch.full((samples,), per_sample, device=self.values.device)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """How to run a batch, what its loss is, how to compare two outputs. Losses are per sample, means over positions."""
+
+    @property
+    def measured_in(self) -> str:
+        """`"loss"` where `divergence` is in nats (a Kullback-Leibler divergence or a loss), else `"score"`."""
+
+    def run(self, model: nn.Module, batch: Batch) -> Outputs:
+        """The model's outputs on a batch."""
+
+    def losses(self, outputs: Outputs) -> Tensor | None:
+        """(samples,) losses against the data's labels, or None where the data has none."""
+
+    def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
+        """(samples,) losses **summed** over positions, their gradients having the Fisher information as covariance."""
+
+    def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """(samples,) how far outputs are from the reference; 0 for equal outputs."""
+
+    def agreement(self, reference: Outputs, outputs: Outputs) -> Tensor | None:
+        """(samples,) share of positions with the same decision, or None where there is no decision."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Outputs are logits: cross entropy as loss, Kullback-Leibler divergence from full precision as distance.
+
+    `causal` shifts labels by one (language models): position t predicts token t + 1.
+    """
+
+    causal: bool = False
+    measured_in: str = "loss"
+
+    def run(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Logits with classes last, and the labels aligned with them."""
+        inputs, targets = split_batch(batch)
+        values = output_tensor(call(model, inputs), ("logits",))
+        labels, mask = targets, _padding(inputs, values)
+        if labels is not None and not self.causal and labels.shape[1:] == values.shape[2:]:
+            values = values.movedim(1, -1)  # (samples, classes, positions...), torch's own order
+        if self.causal:
+            values = values[:, :-1]
+            labels = None if labels is None else labels[:, 1:]
+            mask = None if mask is None else mask[:, 1:]
+        if labels is not None and values.ndim > 2:
+            labelled = labels != IGNORED
+            mask = labelled if mask is None else mask & labelled
+        return Outputs(values, mask, labels)
+
+    def losses(self, outputs: Outputs) -> Tensor | None:
+        """Mean cross entropy over the positions of each sample."""
+        if outputs.labels is None:
+            return None
+        labels = outputs.labels.reshape(-1)
+        loss = functional.cross_entropy(_flat(outputs.values), labels, ignore_index=IGNORED, reduction="none")
+        return _mean_over_positions(loss, outputs)
+
+    def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
+        """Cross entropy against labels drawn from the model's own distribution, each position on its own."""
+        logits = _flat(outputs.values)
+        probabilities = logits.detach().float().softmax(-1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+        loss = functional.cross_entropy(logits, labels, reduction="none")
+        return _mean_over_positions(loss, outputs) * outputs.positions()
+
+    def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """KL(reference || outputs) in nats, mean over the positions of each sample."""
+        log_p = _flat(reference.values).double().log_softmax(-1)
+        log_q = _flat(outputs.values).double().log_softmax(-1)
+        kl = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        return _mean_over_positions(kl.clamp_min(0), outputs)
+
+    def agreement(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """Share of positions whose most likely class is the same."""
+        same = _flat(reference.values).argmax(-1) == _flat(outputs.values).argmax(-1)
+        return _mean_over_positions(same.double(), outputs)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Outputs are no distribution (embeddings, regression, features): relative squared error as distance.
+
+    With float targets the loss is the mean squared error; gradients for curvature come from random output probes,
+    scaled so that the score is the expected relative squared error.
+    """
+
+    measured_in: str = "score"
+
+    def run(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Features with the samples first; padding of token features is masked."""
+        inputs, targets = split_batch(batch)
+        values = output_tensor(call(model, inputs), ("last_hidden_state", "logits"))
+        return Outputs(values, _padding(inputs, values), targets)
+
+    def losses(self, outputs: Outputs) -> Tensor | None:
+        """Mean squared error against float targets."""
+        if outputs.labels is None or not outputs.labels.is_floating_point():
+            return None
+        error: Tensor = outputs.values - outputs.labels.reshape(outputs.values.shape)
+        return torch.mean(error.square().flatten(1), dim=1)
+
+    def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
+        """Random signs z . y √(2T) / ||y||: ½ E (gradient . change)² / T is then the relative squared error."""
+        signs = torch.randint(0, 2, outputs.values.shape, generator=generator).to(outputs.values) * 2 - 1
+        values = _masked(outputs.values, outputs.mask)
+        norm = _masked(outputs.values.detach(), outputs.mask).flatten(1).norm(dim=1).clamp_min(1e-30)
+        scale = (2 * outputs.positions()).sqrt() / norm
+        return (values * signs).flatten(1).sum(1) * scale
+
+    def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """||y - y_reference||² / ||y_reference||² of each sample."""
+        exact = _masked(reference.values, reference.mask).double().flatten(1)
+        error = _masked(outputs.values, reference.mask).double().flatten(1) - exact
+        return error.square().sum(1) / exact.square().sum(1).clamp_min(1e-300)
+
+    def agreement(self, reference: Outputs, outputs: Outputs) -> None:
+        """None: features decide nothing."""
+        return
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """The user's own `loss(model, batch)`: one number, or one a sample. Its increase is the distance."""
+
+    loss: LossFunction
+    measured_in: str = "loss"
+
+    def run(self, model: nn.Module, batch: Batch) -> Outputs:
+        """The losses themselves, shaped (samples, 1); one number counts for every sample of the batch."""
+        value = self.loss(model, batch)
+        if value.ndim == 0:
+            value = value.expand(batch_size(batch))
+        return Outputs(value.reshape(-1, 1))
+
+    def losses(self, outputs: Outputs) -> Tensor:
+        """The user's losses."""
+        return outputs.values[:, 0]
+
+    def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
+        """The user's losses: there is nothing to sample from."""
+        return outputs.values[:, 0]
+
+    def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """Increase of the loss; negative where the change helped."""
+        return (outputs.values - reference.values)[:, 0].double()
+
+    def agreement(self, reference: Outputs, outputs: Outputs) -> None:
+        """None: a loss decides nothing."""
+        return
+
+
+def output_fields(output: Any) -> Sequence[str]:
+    """Names of the fields of an output that is a mapping, else none."""
+    return tuple(output) if isinstance(output, Mapping) else ()
+
+
+def output_tensor(output: Any, preferred: tuple[str, ...]) -> Tensor:
+    """The first preferred field that is there, else the first floating-point tensor, samples first and at least 2-D.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name in preferred:
+        if name in output_fields(output):
+            return output[name]  # type: ignore[no-any-return]
+    for tensor in tensors_of(output):
+        if tensor.is_floating_point():
+            return tensor if tensor.ndim > 1 else tensor.unsqueeze(1)
+    raise ValueError(f"the model must return a floating-point tensor, got {type(output).__name__}: pass a task")
+
+
+def _padding(inputs: Any, values: Tensor) -> Tensor | None:
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None or mask.ndim != 2 or values.ndim < 3 or mask.shape != values.shape[:2]:
+        return None
+    return mask.bool()  # type: ignore[no-any-return]
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values * mask.unsqueeze(-1)
+
+
+def _mean_over_positions(per_position: Tensor, outputs: Outputs) -> Tensor:
+    table = per_position.reshape(outputs.values.shape[0], -1)
+    if outputs.mask is not None:
+        table = table * outputs.mask.reshape(table.shape)
+    return table.sum(1) / outputs.positions()
+
+
+def mean_and_error(per_sample: Tensor) -> tuple[float, float]:
+    """Mean over samples and its standard error (0 for a single sample)."""
+    values = per_sample.double()
+    count = values.numel()
+    error = values.std().item() / math.sqrt(count) if count > 1 else 0.0
+    return values.mean().item(), error

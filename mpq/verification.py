@@ -1,0 +1,206 @@
+"""Verify: a plan measured on the real model, next to what was predicted and to uniform precision at the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mpq.batches import batches_of
+from mpq.options import Option
+from mpq.plan import Plan, uniform_plan
+from mpq.planning import predict
+from mpq.quantizer import Quantizer
+from mpq.surgery import evaluating, quantized
+from mpq.task_choice import choose_task
+from mpq.tasks import LossFunction, Outputs, Task, mean_and_error
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mpq.tables import CostTable
+
+FULL_PRECISION = "full precision"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the data: means over samples, standard errors, and what was predicted where a table says so.
+
+    `divergence` is the KL divergence from full precision in nats, or for features the relative squared error. Size is
+    counted, not measured. None: the task has no such figure.
+    """
+
+    name: str
+    size_bytes: float
+    average_bits: float
+    divergence: float
+    divergence_se: float
+    loss: float | None
+    agreement: float | None
+    predicted: float | None
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The plan, uniform precisions and full precision on the same data."""
+
+    rows: tuple[Measured, ...]
+    divergence_name: str
+    samples: int
+
+    @property
+    def plan(self) -> Measured:
+        """The plan's own row."""
+        return next(row for row in self.rows if row.name == "plan")
+
+    @property
+    def uniform(self) -> Measured | None:
+        """The best uniform precision that keeps the plan's budgets, or None if none does."""
+        fitting = [row for row in self.rows if row.name.startswith("uniform") and row.fits]
+        return min(fitting, key=lambda row: row.divergence, default=None)
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The plan's measured figures by name."""
+        row = self.plan
+        figures = {self.divergence_name: row.divergence, f"{self.divergence_name}_se": row.divergence_se}
+        figures |= {"loss": row.loss} if row.loss is not None else {}
+        figures |= {"agreement": row.agreement} if row.agreement is not None else {}
+        return figures
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what the plan gained over uniform precision at the same budget."""
+        plan, uniform = self.plan, self.uniform
+        if uniform is None:
+            return "No uniform precision keeps these budgets; the plan does."
+        noise = 2 * (plan.divergence_se**2 + uniform.divergence_se**2) ** 0.5
+        figures = f"{self.divergence_name} {plan.divergence:.3g} against {uniform.divergence:.3g}"
+        if abs(plan.divergence - uniform.divergence) <= noise:
+            return f"The plan and {uniform.name} are equal within the noise of this data ({figures})."
+        word = "better" if plan.divergence < uniform.divergence else "WORSE"
+        return f"The plan is {word} than {uniform.name} at the same budget ({figures})."
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a model."""
+        import pandas as pd
+
+        frame = pd.DataFrame([vars(row) for row in self.rows]).set_index("name")
+        names = {"divergence": self.divergence_name, "divergence_se": f"{self.divergence_name}_se"}
+        return frame.rename(columns=names)
+
+    def __str__(self) -> str:
+        name = self.divergence_name
+        lines = [f"{'':18}{'size [MB]':>10}{'bits':>8}{name:>13}{'+-':>10}{'predicted':>12}{'loss':>9}{'agree':>8}"]
+        for row in self.rows:
+            lines.append(
+                f"{row.name:18}{row.size_bytes / 1e6:10.4f}{row.average_bits:8.3f}{row.divergence:13.5f}"
+                f"{row.divergence_se:10.5f}{_text(row.predicted, '12.5f')}{_text(row.loss, '9.4f')}"
+                f"{_text(row.agreement, '8.3f')}" + ("" if row.fits or row.name == FULL_PRECISION else "  over budget")
+            )
+        footer = f"measured on {self.samples} samples; sizes are counted, predictions come from the table"
+        return "\n".join([*lines, footer, self.verdict])
+
+
+def verify(
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    table: CostTable | None = None,
+    *,
+    task: Task | LossFunction | str | None = None,
+    quantizer: Quantizer | None = None,
+) -> Verification:
+    """Measure a plan on data, next to what was predicted and to uniform precision.
+
+    Args:
+        model: the one the plan is for, in full precision; comes back bit for bit.
+        data: best data the plan was not made on.
+        plan: what is verified.
+        table: where predictions come from; the plan's own by default, if it still has it.
+        task: as for `search`.
+        quantizer: as for `search`.
+
+    Raises:
+        ValueError: if plan and model do not fit or the data is wrong.
+    """
+    batches = batches_of(data)
+    plans = {"plan": plan} | {f"uniform {option}": uniform_plan(plan, option) for option in _uniform_options(plan)}
+    with evaluating(model), torch.no_grad():
+        chosen = choose_task(model, batches[0], task)
+        reference = [chosen.run(model, batch) for batch in batches]
+        judge = _Judge(chosen, plan, table or plan.table, reference)
+        rows = [judge.row(FULL_PRECISION, None, reference)]
+        for name, candidate in plans.items():
+            with quantized(model, candidate, quantizer=quantizer):
+                outputs = [chosen.run(model, batch) for batch in batches]
+            rows.append(judge.row(name, candidate, outputs))
+    name = "KL" if chosen.measured_in == "loss" else "rel. error"
+    return Verification(tuple(rows), name, sum(len(outputs.values) for outputs in reference))
+
+
+def _uniform_options(plan: Plan) -> list[Option]:
+    """The options a uniform plan could take: those of the search, else those the plan uses."""
+    labels = plan.provenance.get("options") or [str(option) for entry in plan.entries for option in entry.options]
+    return [option for label in dict.fromkeys(labels) if (option := Option.parse(label)).weight is not None]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What outputs are judged by: the task, the plan and its budgets, the table, full precision's outputs."""
+
+    task: Task
+    plan: Plan
+    table: CostTable | None
+    reference: list[Outputs]
+
+    def row(self, name: str, candidate: Plan | None, outputs: list[Outputs]) -> Measured:
+        """The figures of one model; `candidate` None is full precision."""
+        pairs = list(zip(self.reference, outputs, strict=True))
+        divergence, error = mean_and_error(_joined([self.task.divergence(*pair) for pair in pairs]))
+        agreements = [self.task.agreement(*pair) for pair in pairs]
+        losses = [self.task.losses(output) for output in outputs]
+        predicted = _prediction(self.table, candidate)
+        return Measured(
+            name=name,
+            size_bytes=self.plan.full_bytes if candidate is None else candidate.size_bytes,
+            average_bits=self.plan.full_bits if candidate is None else candidate.average_bits,
+            divergence=divergence,
+            divergence_se=error,
+            loss=_mean(losses),
+            agreement=_mean(agreements),
+            predicted=predicted.get("sensitivity"),
+            fits=candidate is not None and _fits(self.plan, candidate, predicted),
+        )
+
+
+def _mean(parts: Sequence[torch.Tensor | None]) -> float | None:
+    present = [part for part in parts if part is not None]
+    return mean_and_error(_joined(present))[0] if present else None
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.detach().cpu().double() for part in parts])
+
+
+def _prediction(table: CostTable | None, candidate: Plan | None) -> Mapping[str, float]:
+    if table is None or candidate is None:
+        return {}
+    try:
+        return predict(table, candidate)
+    except ValueError:  # an option that this table does not price has no prediction
+        return {}
+
+
+def _fits(plan: Plan, candidate: Plan, predicted: Mapping[str, float]) -> bool:
+    known = {"value_size": candidate.value_bytes, **predicted, "size": candidate.size_bytes}
+    return all(known.get(b.quantity, float("inf")) <= b.limit * (1 + 1e-9) for b in plan.budgets)
+
+
+def _text(value: float | None, spec: str) -> str:
+    return " " * int(spec.split(".", maxsplit=1)[0]) if value is None else format(value, spec)

@@ -1,0 +1,58 @@
+"""Squared quantisation error of the weight: no data, no loss; a baseline that ranks layers badly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mpq.plan import weight_format
+from mpq.progress import track
+from mpq.quantizer import quantised_rows
+from mpq.surgery import layer_parameters
+from mpq.weight_view import as_rows
+
+from .measurement import Measurement, ScoreArray, Scores
+from .unit_sums import sum_over_units
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """||Q(W) - W||² of every unit.
+
+    When to use: there is no data at all, or as a control: a score that knows nothing about the loss loses to uniform
+    precision at low bits. Formats of layer inputs do not enter.
+
+    Cost: quantises every layer once a weight format; no forward pass. Standard error 0.
+    """
+
+    def __call__(self, measurement: Measurement) -> Scores:
+        """Score every candidate option; the measure is "score", not loss."""
+        layers = measurement.network.layers
+        with torch.no_grad():
+            rows = [
+                _errors(measurement, index)
+                for index in track(range(len(layers)), "weight error", shown=measurement.progress)
+            ]
+        mean = np.concatenate(rows)
+        return Scores(mean, np.where(np.isnan(mean), np.nan, 0.0), "score")
+
+
+def _errors(measurement: Measurement, index: int) -> ScoreArray:
+    layer = measurement.network.layers[index]
+    rows = as_rows(layer_parameters(measurement.model, layer)[0].detach(), layer)
+    known: dict[object, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
+    columns: list[np.ndarray[tuple[int], np.dtype[np.float64]] | None] = []
+    for option in measurement.options:
+        if not measurement.is_candidate(layer, option):
+            columns.append(None)
+            continue
+        fmt = weight_format(option)
+        if fmt not in known:
+            quantised = quantised_rows(rows, fmt, layer, measurement.granularity, measurement.quantizer)
+            error = (quantised - rows).double().square().reshape(layer.weight_shape[0], -1)
+            known[fmt] = sum_over_units(error, measurement.granularity).cpu().numpy()
+        columns.append(known[fmt])
+    count = len(next(iter(known.values())))
+    return np.stack([np.full(count, np.nan) if column is None else column for column in columns], axis=1)

@@ -1,0 +1,59 @@
+"""Solvers: an `AllocationProblem` in, an `Allocation` with its proof out. One file a method; numpy throughout."""
+
+from typing import Protocol
+
+from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
+from mpq.suggestions import did_you_mean
+
+from .exhaustive import ExhaustiveSolver
+from .greedy import GreedySolver
+from .ilp import ILPSolver
+
+__all__ = [
+    "ExhaustiveSolver",
+    "GreedySolver",
+    "ILPSolver",
+    "InfeasibleError",
+    "Proof",
+    "Solver",
+    "solve",
+]
+
+
+class Solver(Protocol):
+    """Anything that turns a problem into an allocation."""
+
+    def solve(self, problem: AllocationProblem) -> Allocation:
+        """The allocation of a problem."""
+
+
+def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings: float | str) -> Allocation:
+    """Solve a problem.
+
+    Args:
+        problem: what to solve.
+        solver: "auto", "ilp", "greedy", "exhaustive", or a solver object such as ``ILPSolver(time_limit=10)``.
+        settings: fields of the named solver.
+
+    Returns:
+        The allocation, with what is proved about it.
+
+    Raises:
+        InfeasibleError: if no plan meets all budgets.
+        ValueError: for a name that is not known, or a solver that does not take this problem.
+        TypeError: for settings beside a solver object, or settings that the solver does not have.
+
+    Example:
+        >>> problem = AllocationProblem(objective=[[5, 1], [3, 0.5]], resources={"size": [[2, 4], [4, 8]]},
+        ...                             budgets={"size": 9})
+        >>> solve(problem, solver="ilp", time_limit=10).choices
+        array([1, 0])
+    """
+    if not isinstance(solver, str):
+        if settings:
+            raise TypeError(f"settings go with a solver's name, got {settings} beside {solver!r}")
+        return solver.solve(problem)
+    kinds = {"auto": ILPSolver, "ilp": ILPSolver, "greedy": GreedySolver, "exhaustive": ExhaustiveSolver}
+    if solver not in kinds:
+        raise ValueError(f"solver must be one of {', '.join(kinds)}, got {solver!r}{did_you_mean(solver, kinds)}")
+    return kinds[solver](**settings).solve(problem)

@@ -1,0 +1,121 @@
+"""The one place that talks to PuLP, 3.3.1 to 4.x: a program in, an answer whose status means what it says out."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mpq.arrays import FloatArray
+from mpq.suggestions import did_you_mean
+
+from .linear_program import LinearProgram, Row
+
+PREFERRED = ("CBC", "HiGHS")
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a code said.
+
+    Attributes:
+        status: "optimal" within the gap asked for; "feasible": stopped early with a plan; "infeasible"; "unknown":
+            stopped early without one.
+        values: of the columns.
+        duals: prices of ``program.rows``, for relaxations.
+    """
+
+    status: Literal["optimal", "feasible", "infeasible", "unknown"]
+    values: FloatArray | None
+    duals: FloatArray | None
+
+
+def run(program: LinearProgram, *, backend: str, time_limit: float, gap: float = 0.0, relaxed: bool = False) -> Answer:
+    """Solve a program, or its linear relaxation, on one thread.
+
+    Args:
+        program: what to solve.
+        backend: "auto", "CBC", "HiGHS" or the name of any solver that PuLP lists as available.
+        time_limit: seconds.
+        gap: absolute, in units of the program's objective.
+        relaxed: solve the linear relaxation, for its prices.
+
+    Raises:
+        ValueError: for a backend that is not there.
+    """
+    import pulp
+
+    model = pulp.LpProblem("allocation", pulp.LpMinimize)
+    columns = [
+        model.add_variable(name, 0, upper, pulp.LpInteger if whole else pulp.LpContinuous)
+        for name, upper, whole in zip(program.names, program.upper.tolist(), program.integer.tolist(), strict=True)
+    ]
+    # A list of terms makes an expression at once, where lpSum adds them up one by one; PuLP 4 renamed the constructor.
+    expression = getattr(pulp.LpAffineExpression, "from_list", pulp.LpAffineExpression)
+    model.setObjective(expression(list(zip(columns, program.cost.tolist(), strict=True))))
+    for number, row in enumerate((*program.one_hot, *program.rows)):
+        terms = expression([(columns[j], v) for j, v in zip(row.columns.tolist(), row.values.tolist(), strict=True)])
+        model += _related(terms, row), f"r{number}"
+    solver = _solver(pulp, backend, time_limit=time_limit, gap=gap, relaxed=relaxed)
+    status = _status(model, model.solve(solver))
+    values = duals = None
+    if status in ("optimal", "feasible"):
+        values = np.array([column.varValue or 0.0 for column in columns])
+    if relaxed and status == "optimal":
+        first = len(program.one_hot)
+        rows = [model.get_constraint_by_name(f"r{number}") for number in range(first, first + len(program.rows))]
+        duals = np.array([row.pi or 0.0 for row in rows])
+    return Answer(status, values, duals)
+
+
+def available() -> list[str]:
+    """Names of the solvers PuLP can use here, the preferred ones first."""
+    import pulp
+
+    found = pulp.listSolvers(onlyAvailable=True)
+    first = [name for name in PREFERRED if name in found or (name == "CBC" and _cbc(pulp).available())]
+    return [*first, *(name for name in found if name not in first)]
+
+
+def _related(terms: Any, row: Row) -> Any:
+    return terms == row.rhs if row.is_equality else terms <= row.rhs
+
+
+def _status(model: Any, solved: Any) -> Literal["optimal", "feasible", "infeasible", "unknown"]:
+    """PuLP 3 keeps the truth in ``sol_status`` (``status`` calls a plan at the time limit optimal), PuLP 4 returns it.
+
+    A gap limit is reached only where a gap was asked for.
+    """
+    if hasattr(solved, "has_solution"):
+        if solved.status.name in ("Optimal", "GapLimit"):
+            return "optimal"
+        if solved.status.name == "Infeasible":
+            return "infeasible"
+        return "feasible" if solved.has_solution else "unknown"
+    if model.sol_status in (1, 2):
+        return "optimal" if model.sol_status == 1 else "feasible"
+    return "infeasible" if model.status == -1 else "unknown"  # an "integer infeasible" has sol_status 0
+
+
+def _cbc(pulp: Any, **settings: Any) -> Any:
+    """CBC, by the path of the one that PuLP 3 brings along where there is one (its own class is deprecated)."""
+    path = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
+    return pulp.COIN_CMD(path=path, msg=False, **settings)
+
+
+def _solver(pulp: Any, backend: str, *, time_limit: float, gap: float, relaxed: bool) -> Any:
+    names = available()
+    if not names:
+        raise ValueError("PuLP finds no solver: install one, for example with `pip install highspy`")
+    name = names[0] if backend == "auto" else backend
+    if name not in names:
+        raise ValueError(f"backend must be a solver PuLP finds here, got {backend!r}{did_you_mean(backend, names)}")
+    wanted = {"mip": not relaxed, "timeLimit": max(time_limit, 0.01), "gapAbs": gap, "gapRel": 0.0, "threads": 1}
+    if name == "CBC":
+        return _cbc(pulp, **wanted)
+    if name == "HiGHS":
+        tight = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
+        return pulp.HiGHS(msg=False, **wanted, **tight)
+    kind = type(pulp.getSolver(name, msg=False))
+    taken = inspect.signature(kind.__init__).parameters
+    return kind(msg=False, **{key: value for key, value in wanted.items() if key in taken})

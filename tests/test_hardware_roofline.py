@@ -1,0 +1,247 @@
+"""The roofline against hand arithmetic and against a slow reading of the device file."""
+
+import math
+import tomllib
+from fnmatch import fnmatchcase
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpq.hardware_models.device_file import parse_target
+from mpq.hardware_models.roofline import Rates, roofline
+from mpq.hardware_models.workload import Work, work_of
+
+from mpq.formats import parse
+from mpq.layers import Layer, Network
+from mpq.options import Option, SearchSpace
+
+DEVICE = """\
+schema = 1
+[target]
+name = "toy"
+kind = "gpu"
+runtime = "toy kernels"
+[[source]]
+id = "sheet"
+title = "a sheet"
+kind = "datasheet"
+read = "2026"
+[memory.dram]
+bandwidth_Bps = 2e9
+efficiency = 0.5
+energy_pJ_per_bit = 10
+source = ["sheet"]
+[[compute]]
+unit = "int8-unit"
+weight = ["int8", "uint8"]
+activation = ["int8", "uint8"]
+ops_per_s = 4e12
+efficiency = 0.25
+launch_overhead_s = 5e-6
+align_k = 32
+align_n = 16
+energy_pJ_per_mac = 0.2
+source = ["sheet"]
+[[compute]]
+unit = "fp-unit"
+weight = ["fp16", "fp32"]
+activation = ["fp16", "fp32"]
+ops_per_s = 2e11
+efficiency = 0.5
+launch_overhead_s = 3e-6
+dequant_s_per_weight = 1e-13
+energy_pJ_per_mac = 2.0
+source = ["sheet"]
+[[fallback]]
+weight = ["int4", "mxfp4"]
+activation = ["fp32", "fp16"]
+runs_as = "fp-unit"
+dequant_s_per_weight = 2e-12
+source = ["sheet"]
+[[fallback]]
+weight = "int4"
+activation = "int8"
+ops = ["linear", "conv2d"]
+runs_as = "int8-unit"
+source = ["sheet"]
+"""
+OPTIONS = ("int8/int8", "int4/int8", "int4", "mxfp4", "fp16", "fp32", "int2", "uint8/uint8")
+
+
+def linear(name, out, inner, positions, batch=1, calls=1):
+    macs = out * inner * positions * batch * calls
+    elements = {"input_elements": batch * positions * inner * calls, "output_elements": batch * positions * out * calls}
+    shapes = (batch, positions, inner), (batch, positions, out)
+    weight = {"weight_bytes": 4 * out * inner, "batch": batch, "calls": calls}
+    return Layer(name, "linear", (out, inner), out * inner, macs, *shapes, **weight, **elements)
+
+
+def conv(name, out, inner, size, groups=1, batch=1):
+    shape = (out, inner // groups, 3, 3)
+    parameters = math.prod(shape)
+    macs = parameters * size * size * batch
+    images = (batch, inner, size, size), (batch, out, size, size)
+    extra = {"groups": groups, "kernel": (3, 3), "batch": batch, "weight_bytes": 4 * parameters}
+    return Layer(name, "conv2d", shape, parameters, macs, *images, **extra)
+
+
+def network_of(*layers):
+    stored = sum(layer.weight_bytes for layer in layers)
+    return Network(tuple(layers), batch=layers[0].batch, total_bytes=stored + 64, outside_bytes=64)
+
+
+def latency(network, options=OPTIONS, device=DEVICE, column="latency", **settings):
+    frame = parse_target(device).costs(network, SearchSpace(list(options)), **settings)
+    return frame[column].to_numpy().reshape(len(network.layers), -1)
+
+
+def test_a_linear_layer_by_hand():
+    # 40 -> 24 features on 10 positions. K = 40 is padded to 64, N = 24 to 32.
+    network = network_of(linear("fc", 24, 40, 10))
+    compute = 2 * 10 * 64 * 32 / (0.25 * 4e12)  # 4.096e-08 s
+    moved = 24 * 40 + 24 * 2 + 10 * 40 + 10 * 24  # values, fp16 scales of 24 channels, inputs, outputs: 1648 bytes
+    assert moved == 1648
+    assert compute < moved / 1e9
+    assert latency(network, ["int8/int8"])[0, 0] == pytest.approx(1.648e-6 + 5e-6, rel=1e-12)
+    picojoules = 10 * 40 * 24 * 0.2 + moved * 8 * 10
+    assert latency(network, ["int8/int8"], column="energy")[0, 0] == pytest.approx(picojoules * 1e-12, rel=1e-12)
+
+
+def test_a_weight_only_layer_by_hand():
+    # fp32 inputs stay, the weight is unpacked to the fp unit: 960 weights at 2 ps each on top.
+    network = network_of(linear("fc", 24, 40, 1000))
+    compute = 2 * 1000 * 40 * 24 / 1e11  # 1.92e-05 s
+    memory = (24 * 40 / 2 + 24 * 2 + 1000 * (40 + 24) * 4) / 1e9  # 2.56528e-04 s
+    assert compute < memory
+    assert latency(network, ["int4"])[0, 0] == pytest.approx(memory + 960 * 2e-12 + 3e-6, rel=1e-12)
+
+
+def test_a_layer_bound_by_arithmetic_by_hand():
+    network = network_of(conv("conv", 64, 64, 14))
+    device = DEVICE.replace("bandwidth_Bps = 2e9", "bandwidth_Bps = 2e12")
+    compute = 2 * 196 * 576 * 64 / 1e11  # 1.445e-04 s
+    assert latency(network, ["fp32"], device)[0, 0] == pytest.approx(compute + 36864 * 1e-13 + 3e-6, rel=1e-12)
+
+
+def slow_latency(layer, option, document, batch, dtype="fp32"):
+    """One cell, from the file as TOML reads it, with no arrays."""
+    names = [(fmt and fmt.name) or dtype for fmt in (option.weight, option.activation)]
+    rows = [*document["compute"], *document["fallback"]]
+    for row in rows:
+        takes = [[row[key]] if isinstance(row[key], str) else row[key] for key in ("weight", "activation")]
+        if any(fnmatchcase(layer.kind, pattern) for pattern in row.get("ops", ["*"])) and all(
+            name in taken for name, taken in zip(names, takes, strict=True)
+        ):
+            break
+    else:
+        return math.nan
+    unit = next(entry for entry in document["compute"] if entry["unit"] == row.get("runs_as", row.get("unit")))
+    m, k, n, repeats = layer.matmul(batch)
+    if layer.groups == 1:
+        while k % unit.get("align_k", 1):
+            k += 1
+        while n % unit.get("align_n", 1):
+            n += 1
+    compute = 2 * m * k * n * repeats / (unit["efficiency"] * unit["ops_per_s"])
+    weight = parse(dtype) if option.weight is None else option.weight
+    activation = parse(dtype) if option.activation is None else option.activation
+    elements = (layer.input_elements + layer.output_elements) * batch / layer.batch
+    moved = layer.calls * weight.storage_bits(layer.weight_shape) / 8 + elements * activation.bits / 8
+    memory = moved / (document["memory"]["dram"]["efficiency"] * document["memory"]["dram"]["bandwidth_Bps"])
+    dequant = row.get("dequant_s_per_weight", 0) * layer.parameters * layer.calls
+    return max(compute, memory) + dequant + layer.calls * unit["launch_overhead_s"]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("bandwidth", ["2e8", "2e9", "2e13"])
+def test_table_is_that_of_three_loops(batch, bandwidth):
+    device = DEVICE.replace("2e9", bandwidth)
+    layers = [
+        linear("a", 24, 40, 10, batch=2),
+        linear("shared", 33, 65, 7, batch=2, calls=3),
+        conv("conv", 32, 16, 8, batch=2),
+        conv("depthwise", 48, 48, 9, groups=48, batch=2),
+        conv("grouped", 64, 32, 5, groups=2, batch=2),
+    ]
+    network, document = network_of(*layers), tomllib.loads(device)
+    options = [Option.parse(text) for text in OPTIONS]
+    expected = [[slow_latency(layer, option, document, batch) for option in options] for layer in layers]
+    table = latency(network, device=device, batch=batch)
+    np.testing.assert_allclose(table, expected, rtol=1e-12)
+    assert np.isnan(table).any(axis=0).tolist() == [text == "int2" for text in OPTIONS]
+
+
+def _linears(draw_sizes):
+    return network_of(
+        *(linear(f"fc{i}", out, inner, positions) for i, (out, inner, positions) in enumerate(draw_sizes))
+    )
+
+
+sizes = st.lists(st.tuples(*[st.integers(1, 300)] * 3), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(6, 14))
+def test_doubling_the_bandwidth_never_slows(shapes, exponent):
+    network = _linears(shapes)
+    slow = latency(network, device=DEVICE.replace("2e9", f"2e{exponent}"))
+    fast = latency(network, device=DEVICE.replace("2e9", f"4e{exponent}"))
+    known = ~np.isnan(slow)
+    assert (fast[known] <= slow[known]).all()
+    assert (known == ~np.isnan(fast)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 8))
+def test_larger_batches_never_take_less(shapes, batch):
+    network = _linears(shapes)
+    one, more = latency(network, batch=batch), latency(network, batch=batch + 1)
+    assert (np.nan_to_num(more) >= np.nan_to_num(one)).all()
+
+
+def test_fewer_bits_may_take_longer():
+    # Weight-only int4 runs on the slow unit: it loses to int8 as soon as arithmetic is the limit.
+    table = latency(network_of(linear("fc", 512, 512, 4096)), ["int4", "int8/int8"])
+    assert table[0, 0] > table[0, 1]
+
+
+def test_decode_takes_one_position_a_sample_and_reads_every_weight():
+    network = network_of(linear("fc", 24, 40, 10, batch=2))
+    (cell,) = latency(network, ["int8/int8"], batch=3, phase="decode")[0]
+    moved = 24 * 40 + 24 * 2 + 3 * (40 + 24)
+    assert cell == pytest.approx(max(2 * 3 * 64 * 32 / 1e12, moved / 1e9) + 5e-6, rel=1e-12)
+    np.testing.assert_array_equal(latency(network, batch=3, phase="prefill"), latency(network, batch=3))
+
+
+def test_decode_refuses_convolutions_by_name():
+    with pytest.raises(
+        ValueError, match="phase 'decode' prices linear and embedding layers, layer 'conv' is of kind conv2d"
+    ):
+        work_of(network_of(conv("conv", 8, 8, 4)), phase="decode")
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, True])
+def test_batch_must_be_a_whole_number(batch):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1"):
+        work_of(network_of(linear("fc", 2, 2, 2)), batch=batch)
+
+
+def test_work_is_that_of_the_layers_products():
+    layers = [linear("a", 24, 40, 10, batch=2), conv("conv", 32, 16, 8, groups=4, batch=2)]
+    work = work_of(network_of(*layers), batch=5)
+    for index, layer in enumerate(layers):
+        m, k, n, repeats = layer.matmul(5)
+        assert work.macs[index] == m * k * n * repeats
+        assert (work.k[index], work.n[index], work.has_tiles[index]) == (k, n, repeats == 1)
+
+
+def test_a_cell_without_a_row_is_nan_and_leaves_its_neighbours():
+    one = np.ones(2)
+    work = Work(64 * one, 4 * one, 2 * one, 8 * one, one > 0, one, 48 * one, one)
+    rates = Rates(64 * one, one, one, one, 0 * one, one, bytes_per_s=8.0, joules_per_byte=1.0)
+    row = np.array([[0, -1], [-1, 1]])
+    priced = roofline(work, rates, row, np.full((2, 2), 8.0), np.array([8.0, 8.0]))
+    for table in (priced.latency, priced.energy, priced.traffic):
+        assert np.isnan(table).tolist() == [[False, True], [True, False]]
+    assert priced.latency[0, 0] == 8.0
