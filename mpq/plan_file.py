@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from mpq.atomic import write_atomically
-from mpq.layers import Layer
+from mpq.layers import Layer, Network
 from mpq.options import Option
 from mpq.plan import AskedBudget, Entry, Plan, Split
 from mpq.problem import Proof
@@ -150,9 +150,11 @@ def _entry(record: EntryRecord) -> Entry:
     if record.split is None:
         return Entry(record.layer, Option.parse(record.option or ""))
     split = record.split
-    units = record.layer.parameters
-    codes = np.frombuffer(_inflated(split.codes, units), np.uint8)
-    if codes.size == 0 or codes.max() >= len(split.options):
+    codes = np.frombuffer(_inflated(split.codes, record.layer.parameters), np.uint8)
+    count = len(Network((record.layer,)).units(split.granularity))
+    if len(codes) != count:
+        raise ValueError(f"plan entry {name!r} has {len(codes)} codes, cut into {split.granularity} it has {count} units")
+    if codes.max() >= len(split.options):
         raise ValueError(f"plan entry {name!r} names an option that its split does not list")
     return Entry(record.layer, Split(split.granularity, tuple(map(Option.parse, split.options)), codes))
 

@@ -26,6 +26,7 @@ class TableRecord(msgspec.Struct, forbid_unknown_fields=True):
     """Everything of a table that is not a column."""
 
     schema_version: int
+    units: int
     measures: dict[str, str]
     aggregates: dict[str, str]
     layers: list[Layer]
@@ -71,6 +72,8 @@ def load_table(path: Path) -> CostTable:
         frame = _read_csv(path)
         beside = path.with_suffix(".json")
         record = _decode(beside, beside.read_bytes()) if beside.is_file() else None
+        if record is not None and (not path.read_bytes().endswith(b"\n") or frame["unit"].nunique() != record.units):
+            raise ValueError(f"{str(path)!r} is truncated: {str(beside)!r} says that it has {record.units} units")
     elif path.suffix == ".parquet":
         frame, content = _read_parquet(path)
         record = _decode(path, content)
@@ -89,6 +92,7 @@ def load_table(path: Path) -> CostTable:
 def _record(table: CostTable) -> TableRecord:
     return TableRecord(
         schema_version=SCHEMA_VERSION,
+        units=len(table.units),
         measures=dict(table.measures),
         aggregates=dict(table.aggregates),
         layers=list(table.layers),
@@ -212,8 +216,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        return pd.read_csv(
-            path, float_precision="round_trip", dtype={"unit": str, "option": str}, skipinitialspace=True
-        )
+        text = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+        labels = [column for column in ("unit", "option") if column in text]
+        numbers = text.drop(columns=labels).replace("", "nan").astype(np.float64)  # from text, so the way back is exact
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not a readable CSV file: {error}") from error
+    return pd.concat([text[labels], numbers], axis=1)

@@ -113,8 +113,8 @@ def descend(core: Core) -> Descent | None:
             value = core.value(choice)
             if value < best_value and core.is_feasible(choice):
                 best, best_value = choice, value
-            if count == 0:
-                break
+        if count == 0 or not binding.any():
+            break
         pressure = np.where(binding, (usage - core.limits) / np.where(binding, slack, 1.0), 0.0)
         weights = weights * np.exp(np.clip(4.0 * pressure, -1.0, 1.0))
         weights /= weights.sum()

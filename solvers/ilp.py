@@ -15,11 +15,11 @@ from .exchange import improve
 from .features import EVERYTHING
 from .greedy import descend
 from .infeasibility import explain
-from .linear_program import SCALE, Cut, linear_program
+from .linear_program import ROOM, SCALE, Cut, linear_program
 from .reduction import Core, merge
 
 PASSES = 40  # each narrows the objective tenfold; float64 has no more decades than that
-CUTS = 50  # plans over a budget by less than the code's tolerance that are excluded one by one
+CUTS = 20  # plans over a budget by less than the code's tolerance that are excluded one by one
 ALIKE = 1e-8  # relative to the objective above the floor: finer than that the code cannot tell plans apart
 
 
@@ -189,33 +189,37 @@ def _pass(tight: Core, best: IntArray | None, search: Search) -> _Step:
     allowance = 0.0 if best is None else _allowance(tight, best, bound, search.gap)
     if best is not None and tight.value(best) - bound <= allowance:
         return _Step("optimal", best, bound, allowance)
-    status, choice = _integer_plan(tight, best, search, allowance)
-    if choice is not None and status == "optimal" and allowance:
-        bound = max(bound, tight.value(choice) - allowance)
-    return _Step(status, choice, bound, allowance)
+    step = _integer_plan(tight, best, search, allowance)
+    return step._replace(bound=max(bound, step.bound))
 
 
-def _integer_plan(
-    tight: Core, best: IntArray | None, search: Search, allowance: float
-) -> tuple[Literal["optimal", "feasible", "infeasible", "unknown"], IntArray | None]:
-    """The integer optimum; plans over a budget by less than the code's tolerance are cut off."""
+def _integer_plan(tight: Core, best: IntArray | None, search: Search, allowance: float) -> _Step:
+    """The integer optimum; plans over a budget by less than the code's tolerance are cut off.
+
+    Where too many of them crowd at the edge, the rows are drawn in instead: the plan is then the best but for those
+    within 1e-11 of a budget, and proved only if it is as good as the plans cut off.
+    """
     cuts: list[Cut] = []
-    scale = _scale(tight, best)
-    while len(cuts) <= CUTS:
-        program = linear_program(tight, scale, cuts)
+    scale, bound = _scale(tight, best), -math.inf
+    while search.remaining() > 0:
+        program = linear_program(tight, scale, cuts, room=ROOM if len(cuts) < CUTS else -ROOM)
         if not program.names:
-            step = _only_plan(tight)
-            return step.status, step.choice
+            return _only_plan(tight)
         answer = pulp_adapter.run(program, backend=search.backend, time_limit=search.remaining(), gap=allowance * scale)
         if answer.values is None:
-            return answer.status, None
+            is_proof = answer.status == "infeasible" and len(cuts) < CUTS
+            return _Step("infeasible" if is_proof else "unknown", None, bound, allowance)
         choice = program.choice(answer.values, tight)
-        if tight.is_feasible(choice):
-            return answer.status, choice
-        if search.remaining() <= 0:
+        is_feasible, value = tight.is_feasible(choice), tight.value(choice)
+        if answer.status == "optimal" and len(cuts) < CUTS:
+            bound = value - allowance
+        if is_feasible:
+            is_proof = answer.status == "optimal" and value - allowance <= bound
+            return _Step("optimal" if is_proof else "feasible", choice, bound, allowance)
+        if answer.status != "optimal" or len(cuts) == CUTS:
             break
         cuts.append(cover(tight, choice))
-    return "unknown", None
+    return _Step("unknown", None, bound, allowance)
 
 
 def cover(core: Core, choice: IntArray) -> Cut:
@@ -237,7 +241,7 @@ def cover(core: Core, choice: IntArray) -> Cut:
         least = np.where(core.allowed, table, np.inf).min(1)
         order = np.argsort(least - taken, kind="stable")
         reached = math.fsum(least.tolist()) + np.cumsum((taken - least)[order])
-        enough = np.flatnonzero(reached > limit * (1 + math.copysign(1e-12, limit)))
+        enough = np.flatnonzero(reached > limit + 1e-14 * np.abs(table).max(1).sum())
         if len(enough):
             members = core.allowed & (table >= taken[:, None])
             members[order[enough[0] + 1 :]] = False

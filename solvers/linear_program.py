@@ -11,8 +11,9 @@ from mpq.arrays import BoolArray, FloatArray, IntArray
 
 from .reduction import Core
 
-SCALE = 1e4  # of rows and objective: the codes' tolerances, 1e-6 and less, are absolute
-ROOM = 1e-9  # relative widening of a row, beyond those tolerances: no plan is lost, and plans found are checked
+SCALE = 1e4  # of the objective: the codes' tolerances, 1e-6 and less, are absolute
+ROW_SCALE = 1e6  # of the rows
+ROOM = 1e-11  # relative widening of a row, beyond those tolerances: no plan is lost, and plans found are checked
 
 
 class Row(NamedTuple):
@@ -90,7 +91,8 @@ class LinearProgram:
 class _Draft:
     """Columns and rows as they are added."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: float) -> None:
+        self.room = room
         self.names: list[str] = []
         self.cost: list[float] = []
         self.upper: list[float] = []
@@ -116,15 +118,15 @@ class _Draft:
         self.rows.append(Row(columns, values, rhs, equality))
 
 
-def linear_program(core: Core, scale: float, cuts: Sequence[Cut] = ()) -> LinearProgram:
+def linear_program(core: Core, scale: float, cuts: Sequence[Cut] = (), *, room: float = ROOM) -> LinearProgram:
     """The program of a core; its objective is scale × (objective − the core's floor).
 
     Formulation: one binary column for every option of every undecided group, one-hot rows; for every coupling the
     product columns y_kl with Σ_l y_kl = x_ik and Σ_k y_kl = x_jl, whose linear relaxation is the tightest of the pair;
     formats u_k ≥ x_ik; a maximum as t above every row it covers. From every row the least of each group is taken
-    away, what is left of the budget becomes `SCALE`, and rows that cannot bind are left out.
+    away, what is left of the budget becomes `ROW_SCALE`, wider by ``room``; rows that cannot bind are left out.
     """
-    draft, floors = _Draft(), core.floors()
+    draft, floors = _Draft(room), core.floors()
     column = _option_columns(draft, core, scale)
     products = [_product_columns(draft, core, pair, column, scale) for pair in range(len(core.couplings))]
     slack, step_slack = core.slack(floors, None)
@@ -197,8 +199,8 @@ def _budget_row(draft: _Draft, core: Core, row: int, column: IntArray, products:
 def _limit(draft: _Draft, columns: IntArray, values: FloatArray, slack: float, most: float) -> None:
     """A scaled row, unless it cannot bind."""
     if most > slack:
-        unit = SCALE / slack if slack > 0 else SCALE / most
-        draft.add_row(columns, values * unit, slack * unit + ROOM * SCALE)
+        unit = ROW_SCALE / (slack if slack > 0 else most)
+        draft.add_row(columns, values * unit, slack * unit + draft.room * ROW_SCALE)
 
 
 def _step_rows(draft: _Draft, core: Core, column: IntArray, excess: FloatArray, slack: FloatArray) -> None:

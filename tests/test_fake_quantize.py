@@ -13,6 +13,7 @@ from torch import Tensor
 import mpq.fake_quantize as module
 from mpq.fake_quantize import SHRINK_FACTORS, fake_quantize
 from mpq.formats import Minifloat, parse
+from mpq.grids import on_grid
 
 MINIFLOATS = [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 7) for m in range(6) if 3 <= 1 + e + m <= 8]
 MX = ["mxint8", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"]
@@ -264,22 +265,34 @@ def test_parameters_come_back_as_tensors_without_gradient() -> None:
 
 
 @pytest.mark.parametrize("text", ["int3", "uint3", "fp4_e2m1", "nf4", "log4", "int3@scale=e8m0"])
-@pytest.mark.parametrize("granularity", ["channel", "group10", "tensor"])
-def test_mse_range_is_the_best_of_the_grid(text: str, granularity: str) -> None:
+@pytest.mark.parametrize(
+    ("granularity", "groups"),
+    [
+        ("channel", [(slice(r, r + 1), slice(None)) for r in range(4)]),
+        ("group10", [(slice(r, r + 1), slice(c, c + 10)) for r in range(4) for c in range(0, 32, 10)]),
+        ("tensor", [(slice(None), slice(None))]),
+    ],
+)
+def test_mse_range_is_the_best_of_the_grid(text: str, granularity: str, groups: list[tuple[slice, slice]]) -> None:
     name, _, scale = text.partition("@")
     w = normal(4, 32) ** 3
-    chosen = fake_quantize(w, parse(f"{name}@{granularity}@mse" + (f"@{scale}" if scale else "")))
-    assert len(SHRINK_FACTORS) == 40
-    groups = {"channel": [(r, slice(None)) for r in range(4)], "tensor": [(slice(None), slice(None))]}.get(granularity)
-    for row, columns in groups or [(r, slice(c, c + 10)) for r in range(4) for c in range(0, 32, 10)]:
-        group = w[row, columns].flatten()
-        errors = []
+    suffix = f"@{scale}" if scale else ""
+    chosen = fake_quantize(w, f"{name}@{granularity}@mse{suffix}")
+    plain = fake_quantize(w, f"{name}@{granularity}{suffix}")
+    assert (chosen - w).square().sum() <= (plain - w).square().sum()
+    for group in groups:
+        x, errors = w[group].reshape(1, -1), []
         for factor in SHRINK_FACTORS:
-            low, high = (x.reshape(1, 1) * factor for x in (group.min(), group.max()))
-            rounded = module.on_grid(parse(text), group[None], low, high)
-            errors.append(float((rounded - group).square().sum()))
-        assert float((chosen[row, columns].flatten() - group).square().sum()) == pytest.approx(min(errors), rel=1e-9)
-        assert min(errors) <= errors[0]
+            rounded = on_grid(parse(text), x, x.min()[None, None] * factor, x.max()[None, None] * factor)
+            errors.append(float((rounded - x).square().sum()))
+        assert float((chosen[group] - w[group]).square().sum()) == pytest.approx(min(errors), rel=1e-9)
+
+
+def test_mse_range_clips_outliers_that_are_not_worth_their_step() -> None:
+    w = normal(4, 2000)
+    for text, gain in {"int2": 4, "int3": 1.5, "int4": 1.2, "uint3": 1.5, "int8": 1}.items():
+        noise, plain = ((fake_quantize(w, text + suffix) - w).square().mean() for suffix in ("@mse", ""))
+        assert gain * noise <= plain
 
 
 def test_percentile_range_equals_clipping_at_numpys_percentile() -> None:

@@ -79,7 +79,7 @@ def test_attributes() -> None:
     assert Integer(4, granularity=TENSOR, range=MSE()) == parse("int4@tensor@mse")
     assert parse("int4") != parse("uint4")
     assert parse("int4").range == MinMax()
-    assert parse("fp32").scale is parse("fp32").granularity is None
+    assert (parse("fp32").scale, parse("fp32").granularity) == (None, None)
 
 
 def test_binding_by_role() -> None:

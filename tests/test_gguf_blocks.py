@@ -162,8 +162,8 @@ def test_the_layouts_are_those_that_ggml_decodes(
 
 @pytest.mark.parametrize(
     ("name", "least_db"),
-    [("tq2_0", 1.5), ("q2_k", 9), ("q3_k", 15.5), ("q4_0", 21), ("iq4_nl", 21.5), ("iq4_xs", 21.5), ("q4_1", 21.5)]
-    + [("q4_k", 21.5), ("q5_0", 27), ("q5_1", 28), ("q5_k", 28), ("q6_k", 34), ("q8_0", 45)],
+    [("tq2_0", 1.5), ("q2_k", 9), ("q3_k", 15.5), ("q4_0", 21), ("iq4_nl", 21.5), ("iq4_xs", 21.5), ("q4_1", 21.5),
+     ("q4_k", 21.5), ("q5_0", 27), ("q5_1", 28), ("q5_k", 28), ("q6_k", 34), ("q8_0", 45)],
 )  # fmt: skip
 def test_signal_to_noise_on_normal_weights(name: str, least_db: float) -> None:
     x = weights(256, 1024)

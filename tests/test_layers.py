@@ -23,7 +23,7 @@ NETWORK = Network((FC, CONV, HEAD), edges=(("conv", "fc"),), siblings=(("fc", "h
     [
         (FC, (12, 8, 5, 1)),
         (dataclasses.replace(CONV, batch=2), (98, 18, 3, 2)),
-        # 4 -> 6 channels in 2 groups, 3x3, on 5x5 inputs: every input position makes 3 channels x 9 taps from 2 channels
+        # 4 -> 6 channels in 2 groups, 3x3, 5x5 inputs: every input position makes 3 channels x 9 taps from 2
         (
             Layer(
                 *("up", "conv_transpose2d", (6, 2, 3, 3), 108, 2 * 25 * 108, (2, 4, 5, 5), (2, 6, 11, 11)),
@@ -167,7 +167,8 @@ def test_units_are_a_sequence_of_arrays():
     assert list(units[1:4]) == list(units)[1:4]
     assert units[-1] == list(units)[-1]
     assert units[np.int64(2)] == units[2]
-    assert {a.dtype for a in (units.layer_index, units.row_start, units.column_stop, units.parameters)} == {np.int64}
+    for array in (units.layer_index, units.row_start, units.column_stop, units.parameters):
+        assert array.dtype == np.int64
     assert repr(units) == "Units(7 units of 3 layers)"
     with pytest.raises(IndexError, match="below 7, got 7"):
         units[7]
@@ -188,7 +189,7 @@ def test_no_layers_no_units():
 
 
 @pytest.mark.parametrize(
-    "granularity", ["", "row", "rows:", "rows:0", "groups", "groups:-1", "layers", "rows:2.5", None, 16]
+    "granularity", ["", "row", "rows:", "rows:0", "groups", "groups:-1", "groups:0", "layers", "rows:2.5", None, 16]
 )
 def test_bad_granularity_is_refused_with_the_rule(granularity):
     with pytest.raises(ValueError, match=r"granularity must be 'layer', 'rows', 'rows:N'.*got "):

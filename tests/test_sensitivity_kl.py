@@ -1,0 +1,125 @@
+"""Measured KL against a copy of the model with one quantised layer; weight error against plain sums."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import mpq
+from mpq.batches import split_batch
+from mpq.fake_quantize import fake_quantize
+from mpq.options import SearchSpace
+from small_models import cnn, decoder, images, tokens
+
+
+def estimate(model, data, options, method="kl", **settings):
+    network = mpq.trace(model, split_batch(data[0])[0])
+    frame = mpq.sensitivity.estimate(model, data, network, SearchSpace(options), method, progress=False, **settings)
+    return frame, network
+
+
+def kl(p_logits, q_logits):
+    p, q = p_logits.double().softmax(-1), q_logits.double().softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def test_equals_a_copied_model_with_that_layer_quantised():
+    model, data = cnn(), images()
+    frame, _ = estimate(model, data, ["int2", "int4/int8", "fp32"])
+    with torch.no_grad():
+        exact = torch.cat([model(x) for x, _ in data])
+        for name in ("first", "depthwise", "head"):
+            changed = copy.deepcopy(model)
+            layer = changed.get_submodule(name)
+            layer.weight.data = fake_quantize(layer.weight, "int4")
+            layer.register_forward_pre_hook(lambda module, args: fake_quantize(args[0], "int8@tensor"))
+            each = kl(exact, torch.cat([changed(x) for x, _ in data]))
+            row = frame.loc[(name, "int4/int8")]
+            assert row["sensitivity"] == pytest.approx(float(each.mean()), rel=1e-5)
+            assert row["sensitivity_se"] == pytest.approx(float(each.std() / len(each) ** 0.5), rel=1e-5)
+    assert (frame.xs("fp32", level=1)["sensitivity"] == 0).all()
+
+
+def test_means_over_positions_leave_padding_out():
+    model = decoder()
+    batch = tokens(batches=1)[0]
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, 4:] = 0
+    padded, _ = estimate(model, [{**batch, "attention_mask": mask}], ["int2"], task="classification")
+    short, _ = estimate(model, [{"input_ids": batch["input_ids"][:, :4]}], ["int2"], task="classification")
+    np.testing.assert_allclose(padded["sensitivity"], short["sensitivity"], rtol=1e-4)
+
+
+def test_a_killed_measurement_goes_on_where_it_was_and_never_serves_a_changed_model(tmp_path, monkeypatch):
+    model, data = cnn(), images()
+    first, _ = estimate(model, data, ["int2", "int4"], cache=tmp_path)
+    pieces = sorted(tmp_path.rglob("*.npy"))
+    assert len(pieces) == 4  # one a layer
+    pieces[0].unlink()
+    from mpq.sensitivity import kl as kl_module
+
+    measured = []
+    original = kl_module._row
+    monkeypatch.setattr(kl_module, "_row", lambda m, layer, ref: measured.append(layer.name) or original(m, layer, ref))
+    again, _ = estimate(model, data, ["int2", "int4"], cache=tmp_path)
+    assert len(measured) == 1
+    assert again.equals(first)
+    for change in (
+        lambda: model.head.bias.data.add_(0.1),
+        lambda: data[0][0].add_(0.1),
+    ):
+        measured.clear()
+        change()
+        estimate(model, data, ["int2", "int4"], cache=tmp_path)
+        assert len(measured) == 4
+    measured.clear()
+    estimate(model, data, ["int2", "int8"], cache=tmp_path)
+    assert len(measured) == 4
+
+
+def test_units_finer_than_layers_are_refused_with_a_way_out():
+    with pytest.raises(ValueError, match="use output_fisher or weight_error"):
+        estimate(cnn(), images(), ["int4"], granularity="rows:2")
+
+
+def test_unknown_methods_and_settings_are_named():
+    with pytest.raises(ValueError, match="'kll' is not known.*'kl'"):
+        estimate(cnn(), images(), ["int4"], method="kll")
+    with pytest.raises(ValueError, match="settings of kl"):
+        estimate(cnn(), images(), ["int4"], probes=3)
+
+
+def test_weight_error_is_the_squared_error_of_every_unit():
+    model = cnn()
+    for granularity in ("layer", "rows:3", "groups:2"):
+        frame, network = estimate(model, images(), ["int3"], method="weight_error", granularity=granularity)
+        layer = network["first"]
+        weight = model.first.weight.detach().reshape(4, 9)
+        for unit in network.units(granularity):
+            if unit.layer == layer:
+                block = weight[unit.rows, unit.columns]
+                expected = (fake_quantize(block, "int3") - block).square().sum()
+                assert frame.loc[(unit.label, "int3"), "sensitivity"] == pytest.approx(float(expected), rel=1e-5)
+        assert (frame["sensitivity_se"] == 0).all()
+
+
+def test_a_weight_with_nan_is_an_error_that_names_the_layer():
+    model = cnn()
+    model.depthwise.weight.data[0, 0, 0, 0] = float("nan")
+    for method in ("kl", "output_fisher", "weight_error"):
+        with pytest.raises(ValueError, match="depthwise"):
+            estimate(model, images(), ["int4"], method=method)
+
+
+def test_automatic_measures_small_models_and_estimates_large_ones(monkeypatch):
+    from mpq.sensitivity import KL, OutputFisher, automatic, estimation
+
+    model, data = cnn(), images()
+    network, space = mpq.trace(model, data[0][0]), SearchSpace(["int4", "int8"])
+    assert automatic(network, space, 6) == KL()
+    assert automatic(network, space, 6, "rows:2") == OutputFisher()
+    monkeypatch.setattr(estimation, "MEASURED_MACS", 1.0)
+    assert automatic(network, space, 6) == OutputFisher()
+    experts = mpq.trace(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8))
+    assert automatic(experts, space, 6) == KL()
