@@ -65,6 +65,7 @@ def model_options(command: Command) -> Command:
         click.option("--data", "text", metavar="TEXT", help="Text file that calibrates a transformers folder."),
         click.option("--samples", default=16, show_default=True, help="Windows of text to calibrate on."),
         click.option("--tokens", default=128, show_default=True, help="Tokens a window."),
+        click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
         click.option("--task", help="classification, causal-lm or features; chosen from the data by default."),
     ):
         command = decorate(command)
@@ -246,9 +247,11 @@ def list_names() -> None:
 def _source(model: str, given: dict[str, Any]) -> Any:
     from dataclasses import replace
 
-    from mpq.model_source import load_source
+    from mpq.model_source import call_function, load_source
 
     source = load_source(model, text=given["text"], samples=given["samples"], tokens=given["tokens"])
+    if given["holdout"] is not None:
+        source = replace(source, holdout=call_function(given["holdout"]))
     return source if given["task"] is None else replace(source, task=given["task"])
 
 

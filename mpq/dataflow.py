@@ -139,8 +139,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
         self._trails[output] = self._fresh(output, use, use)
 
     def _fresh(self, tensor: Tensor, sources: int = 0, direct: int = 0) -> Trail:
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            sources = direct = 0  # indices and masks have no number format
+        if not _has_format(tensor):
+            sources = direct = 0
         return Trail(sources, next(self._roots), tuple(tensor.shape), direct)
 
     def _keep(self, call: "Call") -> None:
@@ -179,7 +179,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
 
     def _same(self, call: "Call", trails: list[Trail], output: Tensor) -> Trail | None:
         """The trail of a view or a plain copy of the first operand; None for anything else."""
-        if not trails or not (call.is_view or call.name in _COPIES or call.name in _GATHERS):
+        if not trails or not _has_format(output):
+            return None
+        if not (call.is_view or call.name in _COPIES or call.name in _GATHERS):
             return None
         source, first = call.operands[0], trails[0]
         copied = first.copied if call.is_view or call.name == "_unsafe_view" else self._copy(call, source, output)
@@ -261,8 +263,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
         reached = 0
         for factor in call.factors:
             sources = self.trail(factor).sources
-            if sources & ~reached and reached & ~sources:
-                left, right = self._readers(reached & ~sources), self._readers(sources & ~reached)
+            if reached and sources and reached != sources:
+                left, right = self._readers(reached), self._readers(sources)
                 for key in left.keys() & right.keys():
                     if len(left[key]) == len(right[key]) == 1:
                         self.ties.join(left[key].pop(), right[key].pop())
@@ -350,6 +352,11 @@ def members(uses: int) -> Iterator[int]:
         lowest = uses & -uses
         yield lowest.bit_length() - 1
         uses ^= lowest
+
+
+def _has_format(tensor: Tensor) -> bool:
+    """Whether numbers flow through a tensor; indices and masks carry no layer's output."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _union(sets: Iterable[int]) -> int:

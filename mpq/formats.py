@@ -26,7 +26,7 @@ FAMILIES = (
     "fp6_e3m2, fp8_e4m3, fp8_e5m2, ...), fp16, bf16, fp32, mxint8, mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, "
     "mxfp4, nvfp4, nf4, bcq1…bcq4, log2…log8, fixed{i}.{f}, and the GGUF types (q4_0, q4_k, q6_k, iq4_xs, ...)"
 )
-NOTHING: frozenset[str] = frozenset()
+_NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,7 +109,7 @@ class Minifloat(NumberFormat):
 class Float(NumberFormat):
     """``fp16``, ``bf16``, ``fp32``: a cast without scale. What would overflow becomes the largest finite value."""
 
-    takes: ClassVar[frozenset[str]] = NOTHING
+    takes: ClassVar[frozenset[str]] = _NOTHING
     kind: str
 
     def _layout(self) -> Layout:
@@ -125,7 +125,7 @@ class FixedPoint(NumberFormat):
     Values −2^(i−1) … 2^(i−1) − 2^−f in steps of 2^−f, ties to even, saturating. Quantising twice equals once.
     """
 
-    takes: ClassVar[frozenset[str]] = NOTHING
+    takes: ClassVar[frozenset[str]] = _NOTHING
     integer_bits: int
     fraction_bits: int
 
@@ -163,7 +163,7 @@ class MX(NumberFormat):
     Quantising twice equals quantising once, except for an mxint8 block with a value that rounds to −2 · scale.
     """
 
-    takes: ClassVar[frozenset[str]] = NOTHING
+    takes: ClassVar[frozenset[str]] = _NOTHING
     kind: str
 
     def _layout(self) -> Layout:
@@ -184,7 +184,7 @@ class NVFP4(NumberFormat):
     Quantising twice equals quantising once, to the last bit of the tensor's scale, while the block scales are normal.
     """
 
-    takes: ClassVar[frozenset[str]] = NOTHING
+    takes: ClassVar[frozenset[str]] = _NOTHING
     element: ClassVar[Minifloat] = Minifloat(2, 1)
     scales: ClassVar[Minifloat] = Minifloat(4, 3)
 
@@ -255,7 +255,7 @@ class GGUF(NumberFormat):
         (6, 6.5625)
     """
 
-    takes: ClassVar[frozenset[str]] = NOTHING
+    takes: ClassVar[frozenset[str]] = _NOTHING
     kind: str
 
     def _layout(self) -> Layout:

@@ -80,17 +80,12 @@ def inspect_model(
         for name in table.quantities
     )
     candidates = space.candidates(priced.network)
-    refused = {
-        (layer, option): reason
-        for (layer, option), reason in priced.costs.attrs["refused"].items()
-        if option in map(str, candidates[layer])
-    }
     runs = sum(map(len, candidates.values()))
     return Inspection(
         priced=priced,
         ties=space.tied_layers(priced.network),
         reaches=reaches,
-        refused=refused,
+        refused=priced.refused,
         method=str(method),
         task=repr(chosen),
         samples=samples,

@@ -226,7 +226,7 @@ class Network:
         Example:
             >>> from mpq.layers import Layer, Network
             >>> network = Network((Layer("fc", "linear", (5, 8), 40, 40, (1, 8), (1, 5)),))
-            >>> list(network.units("rows:4").labels)
+            >>> network.units("rows:4").labels.tolist()
             ['fc[0:4]', 'fc[4:5]']
             >>> network.units("groups:6")[7]
             Unit('fc[3,6:8]', 2 weights)

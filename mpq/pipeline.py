@@ -157,6 +157,13 @@ class Priced:
     granularity: str
     costs: pd.DataFrame
 
+    @property
+    def refused(self) -> dict[tuple[str, str], str]:
+        """Candidates that the target cannot run, (layer, option), with the reason."""
+        candidates = {name: set(map(str, options)) for name, options in self.space.candidates(self.network).items()}
+        refused = self.costs.attrs["refused"].items()
+        return {(layer, option): reason for (layer, option), reason in refused if option in candidates[layer]}
+
     def table(
         self, scores: Mapping[str, pd.DataFrame], measure: str = "score", provenance: Mapping[str, Any] | None = None
     ) -> CostTable:
@@ -253,7 +260,7 @@ def _provenance(priced: Priced) -> dict[str, Any]:
         "granularity": priced.granularity,
         "hardware": attributes["provenance"],
         "estimates": list(attributes["estimates"]),
-        "refused": [f"{layer}: {option}: {reason}" for (layer, option), reason in attributes["refused"].items()][:100],
+        "refused": [f"{layer}: {option}: {reason}" for (layer, option), reason in priced.refused.items()],
         "skipped": dict(priced.network.skipped),
         "versions": {"torch": str(torch.__version__), "mpq": import_module("mpq").__version__},
     }

@@ -78,6 +78,7 @@ def _allowed(table: CostTable, pins: Mapping[str, str]) -> NDArray[np.bool_]:
 
 def _why(table: CostTable, unit: int) -> str:
     reasons = [f"{o} has no finite {', '.join(q)}" for u, o, q in table.masked if u == table.units[unit]]
+    reasons += [text for text in table.provenance.get("refused", ()) if text.startswith(f"{table.units[unit]}: ")]
     return "; ".join(reasons) or "its pin is no candidate of it"
 
 

@@ -78,7 +78,7 @@ class CostTable:
         ...     parameters=[100, 20], reference={"size": 480.0},
         ... )
         >>> table.problem({"size": "25%"}).budgets
-        mappingproxy({'size': 120.0})
+        {'size': 120.0}
     """
 
     units: Sequence[str] | NDArray[np.str_]

@@ -137,16 +137,17 @@ class Features:
         """Mean squared error against float targets."""
         if outputs.labels is None or not outputs.labels.is_floating_point():
             return None
-        error: Tensor = outputs.values - outputs.labels.reshape(outputs.values.shape)
-        return torch.mean(error.square().flatten(1), dim=1)
+        labels = outputs.labels.reshape(outputs.values.shape)
+        error: Tensor = functional.mse_loss(outputs.values, labels, reduction="none")
+        return error.flatten(1).mean(1)
 
     def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
         """Random signs z . y √(2T) / ||y||: ½ E (gradient . change)² / T is then the relative squared error."""
         signs = torch.randint(0, 2, outputs.values.shape, generator=generator).to(outputs.values) * 2 - 1
         values = _masked(outputs.values, outputs.mask)
         norm = _masked(outputs.values.detach(), outputs.mask).flatten(1).norm(dim=1).clamp_min(1e-30)
-        scale = (2 * outputs.positions()).sqrt() / norm
-        return (values * signs).flatten(1).sum(1) * scale
+        scale: Tensor = (2 * outputs.positions()).sqrt() / norm
+        return scale * (values * signs).flatten(1).sum(1)
 
     def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
         """||y - y_reference||² / ||y_reference||² of each sample."""

@@ -101,12 +101,12 @@ def show_verification(verification: Verification) -> None:
             "" if row.predicted is None else f"{row.predicted:.5f}",
             "" if row.loss is None else f"{row.loss:.4f}",
             "" if row.agreement is None else f"{row.agreement:.1%}",
-            "" if row.fits or row.name == "full precision" else "over budget",
+            "yes" if row.fits else "no",
         )
         for row in verification.rows
     ]
     name = verification.divergence_name
-    header = ("", "size", f"{name} measured", "predicted", "loss", "agree", "")
+    header = ("", "size", f"{name} measured", "predicted", "loss", "agree", "fits")
     _table(console, header, rows, right=(1, 2, 3, 4, 5))
     console.print(f"measured on {verification.samples} held-out samples", highlight=False)
     console.print(verification.verdict, highlight=False, soft_wrap=True)

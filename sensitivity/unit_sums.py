@@ -12,6 +12,7 @@ def sum_over_units(matrix: Tensor, granularity: str) -> Tensor:
     """Sums of a (rows, columns) matrix over each unit of a layer, in the order of `Units`.
 
     Example:
+        >>> import torch
         >>> sum_over_units(torch.ones(3, 5), "rows:2").tolist()
         [10.0, 5.0]
         >>> sum_over_units(torch.ones(2, 5), "groups:4").tolist()

@@ -16,6 +16,7 @@ __all__ = [
     "InfeasibleError",
     "Proof",
     "Solver",
+    "available",
     "solve",
 ]
 
@@ -25,6 +26,14 @@ class Solver(Protocol):
 
     def solve(self, problem: AllocationProblem) -> Allocation:
         """The allocation of a problem."""
+
+
+SOLVERS = {"auto": ILPSolver, "ilp": ILPSolver, "greedy": GreedySolver, "exhaustive": ExhaustiveSolver}
+
+
+def available() -> list[str]:
+    """Names of the solvers, for `solver=`."""
+    return list(SOLVERS)
 
 
 def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings: float | str) -> Allocation:
@@ -53,7 +62,6 @@ def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings:
         if settings:
             raise TypeError(f"settings go with a solver's name, got {settings} beside {solver!r}")
         return solver.solve(problem)
-    kinds = {"auto": ILPSolver, "ilp": ILPSolver, "greedy": GreedySolver, "exhaustive": ExhaustiveSolver}
-    if solver not in kinds:
-        raise ValueError(f"solver must be one of {', '.join(kinds)}, got {solver!r}{did_you_mean(solver, kinds)}")
-    return kinds[solver](**settings).solve(problem)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}{did_you_mean(solver, SOLVERS)}")
+    return SOLVERS[solver](**settings).solve(problem)

@@ -197,7 +197,7 @@ def _integer_plan(tight: Core, best: IntArray | None, search: Search, allowance:
     """The integer optimum; plans over a budget by less than the code's tolerance are cut off.
 
     Where too many of them crowd at the edge, the rows are drawn in instead: the plan is then the best but for those
-    within 1e-11 of a budget, and proved only if it is as good as the plans cut off.
+    within 1e-9 of a budget, and proved only if it is as good as the plans cut off.
     """
     cuts: list[Cut] = []
     scale, bound = _scale(tight, best), -math.inf

@@ -11,9 +11,8 @@ from mpq.arrays import BoolArray, FloatArray, IntArray
 
 from .reduction import Core
 
-SCALE = 1e4  # of the objective: the codes' tolerances, 1e-6 and less, are absolute
-ROW_SCALE = 1e6  # of the rows
-ROOM = 1e-11  # relative widening of a row, beyond those tolerances: no plan is lost, and plans found are checked
+SCALE = 1e4  # of rows and objective: the codes' tolerances are absolute
+ROOM = 1e-9  # relative widening of a row, beyond those tolerances: no plan is lost, and plans found are checked
 
 
 class Row(NamedTuple):
@@ -124,7 +123,7 @@ def linear_program(core: Core, scale: float, cuts: Sequence[Cut] = (), *, room: 
     Formulation: one binary column for every option of every undecided group, one-hot rows; for every coupling the
     product columns y_kl with Σ_l y_kl = x_ik and Σ_k y_kl = x_jl, whose linear relaxation is the tightest of the pair;
     formats u_k ≥ x_ik; a maximum as t above every row it covers. From every row the least of each group is taken
-    away, what is left of the budget becomes `ROW_SCALE`, wider by ``room``; rows that cannot bind are left out.
+    away, what is left of the budget becomes `SCALE`, wider by ``room``; rows that cannot bind are left out.
     """
     draft, floors = _Draft(room), core.floors()
     column = _option_columns(draft, core, scale)
@@ -199,8 +198,8 @@ def _budget_row(draft: _Draft, core: Core, row: int, column: IntArray, products:
 def _limit(draft: _Draft, columns: IntArray, values: FloatArray, slack: float, most: float) -> None:
     """A scaled row, unless it cannot bind."""
     if most > slack:
-        unit = ROW_SCALE / (slack if slack > 0 else most)
-        draft.add_row(columns, values * unit, slack * unit + draft.room * ROW_SCALE)
+        unit = SCALE / (slack if slack > 0 else most)
+        draft.add_row(columns, values * unit, slack * unit + draft.room * SCALE)
 
 
 def _step_rows(draft: _Draft, core: Core, column: IntArray, excess: FloatArray, slack: FloatArray) -> None:
@@ -226,7 +225,7 @@ def _maximum(draft: _Draft, core: Core, column: IntArray, base: FloatArray, exce
     taken = column[steps.group] >= 0
     most = base + np.bincount(steps.row, weights=np.where(taken, excess, 0.0).max(1, initial=0.0), minlength=len(base))
     top = float(most[steps.goal].max()) - floor
-    t = draft.add_columns(["t"], np.ones(1), upper=scale * top, integer=False, simplex=False)
+    t = draft.add_columns(["t"], np.ones(1), upper=1.001 * scale * top, integer=False, simplex=False)
     members = _blocks_by_row(core)
     for row in np.flatnonzero(steps.goal & (most > floor)).tolist():
         blocks = members[row]

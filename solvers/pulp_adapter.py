@@ -13,6 +13,10 @@ from .linear_program import LinearProgram, Row
 
 PREFERRED = ("CBC", "HiGHS")
 
+# CBC 2.10's preprocessing strengthens rows wrongly: on rows whose terms nearly fill the budget it calls worse plans
+# optimal, or feasible programs infeasible. Off, with tolerances below the distances that matter, none of that was seen.
+CBC_OPTIONS = ("preprocess off", "integerTolerance 1e-9", "primalTolerance 1e-9")
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -57,7 +61,13 @@ def run(program: LinearProgram, *, backend: str, time_limit: float, gap: float =
         terms = expression([(columns[j], v) for j, v in zip(row.columns.tolist(), row.values.tolist(), strict=True)])
         model += _related(terms, row), f"r{number}"
     solver = _solver(pulp, backend, time_limit=time_limit, gap=gap, relaxed=relaxed)
-    status = _status(model, model.solve(solver))
+    try:
+        status = _status(model, model.solve(solver))
+    except pulp.PulpSolverError:
+        if not getattr(solver, "options", None):
+            raise
+        solver.options = []  # without preprocessing, CBC can crash on programs that it finds infeasible
+        status = _status(model, model.solve(solver))
     values = duals = None
     if status in ("optimal", "feasible"):
         values = np.array([column.varValue or 0.0 for column in columns])
@@ -112,7 +122,7 @@ def _solver(pulp: Any, backend: str, *, time_limit: float, gap: float, relaxed: 
         raise ValueError(f"backend must be a solver PuLP finds here, got {backend!r}{did_you_mean(backend, names)}")
     wanted = {"mip": not relaxed, "timeLimit": max(time_limit, 0.01), "gapAbs": gap, "gapRel": 0.0, "threads": 1}
     if name == "CBC":
-        return _cbc(pulp, **wanted)
+        return _cbc(pulp, **wanted, options=list(CBC_OPTIONS))
     if name == "HiGHS":
         tight = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
         return pulp.HiGHS(msg=False, **wanted, **tight)

@@ -152,6 +152,10 @@ TIES = {
     "added, then normalised": (
         *(Network(lambda n, x: (y := n.a(x) + n.b(x)) * y.pow(2).mean(-1, True).rsqrt(), **linears("a b")), (X,), []),
     ),
+    "gated by one number": (
+        Network(lambda n, x: n.a(x) * n.gate(x).sigmoid(), **linears("a"), gate=nn.Linear(16, 1)),
+        *((X,), []),
+    ),
     "meet behind a layer": (Network(lambda n, x: n.c(n.a(x)) * n.b(x), **linears("a b c")), (X,), []),
     "plain perceptron": (Network(lambda n, x: n.b(F.relu(n.a(x))), **linears("a b")), (X,), []),
     "shared over depth": (Network(lambda n, x: sdpa(n, sdpa(n, x)), **QKV), (X,), ["q k v"]),
@@ -173,6 +177,10 @@ TIES = {
     ),
     "upsampled branch": (
         Network(lambda n, x: n.a(x) + F.interpolate(n.b(x), 8), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 2, 2)),
+        *((IMAGE,), []),
+    ),
+    "broadcast branch": (
+        Network(lambda n, x: n.a(x) + n.b(x.mean((2, 3), True)), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1)),
         *((IMAGE,), []),
     ),
     "added linears": (Network(lambda n, x: n.a(x) + n.b(x), **linears("a b")), (X,), []),
@@ -274,14 +282,21 @@ def test_layers_that_write_into_one_buffer_both_reach_its_reader():
     assert trace(Network(forward, **linears("a b c")), X).edges == (("a", "c"), ("b", "c"))
 
 
+def test_what_a_product_is_added_to_reaches_the_reader_too():
+    model = Network(lambda n, x: n.c(torch.addmm(n.a(x), x, n.b.weight)), **linears("a b c"))
+    assert trace(model, torch.randn(3, 16)).edges == (("a", "c"), ("b", "c"))
+
+
 def test_a_loop_makes_an_edge_back_but_none_to_itself():
     model = Network(lambda n, x: n.a(n.b(n.a(n.a(x)))), **linears("a b"))
     assert trace(model, X).edges == (("a", "b"), ("b", "a"))
 
 
 def test_indices_carry_no_format():
-    model = Network(lambda n, x: n.e(n.a(x).argmax(-1)), **linears("a"), e=nn.Embedding(16, 4))
-    assert trace(model, X).edges == ()
+    model = Network(
+        lambda n, x: n.e(n.a(x).argmax(-1)) + n.e(n.a(x)[..., 0].long()), **linears("a"), e=nn.Embedding(16, 4)
+    )
+    assert trace(model, torch.zeros(2, 5, 16)).edges == ()
 
 
 def test_activations_are_not_kept_alive():

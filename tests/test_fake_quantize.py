@@ -1,6 +1,7 @@
 """Every family against the slow reference in slow_grids.py; shapes, dtypes, ranges and edges of `fake_quantize`."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 import mpq.fake_quantize as module
 from mpq.fake_quantize import SHRINK_FACTORS, fake_quantize
 from mpq.formats import Minifloat, parse
-from mpq.grids import on_grid
+from mpq.grids import NF4_LEVELS, on_grid
 
 MINIFLOATS = [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 7) for m in range(6) if 3 <= 1 + e + m <= 8]
 MX = ["mxint8", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"]
@@ -81,6 +82,15 @@ def test_number_of_levels(text: str, levels: int) -> None:
     assert len(torch.unique(fake_quantize(x, text + tensor + suffix) + 0.0)) == levels
 
 
+def test_nf4_levels_are_quantiles_of_the_normal_distribution() -> None:
+    """As bitsandbytes makes them: 8 of one half and 7 of the other at equal steps of probability, and zero."""
+    tail = 0.9677083
+    positive = [NormalDist().inv_cdf(tail + (0.5 - tail) * k / 8) for k in range(8)]
+    negative = [-NormalDist().inv_cdf(tail + (0.5 - tail) * k / 7) for k in range(7)]
+    expected = sorted([0.0, *positive, *negative])
+    assert [level * positive[0] for level in NF4_LEVELS] == pytest.approx(expected, abs=2e-6)
+
+
 def test_largest_values() -> None:
     largest = {"fp4_e2m1": 6, "fp6_e2m3": 7.5, "fp6_e3m2": 28, "fp8_e4m3": 448, "fp8_e5m2": 57344}
     for text, value in largest.items():
@@ -109,7 +119,22 @@ def test_largest_values() -> None:
     ],
 )
 def test_ties(text: str, x: list[float], expected: list[float]) -> None:
-    assert fake_quantize(torch.tensor(x), text).tolist() == expected
+    for dtype in (torch.float32, torch.float64):
+        assert fake_quantize(torch.tensor(x, dtype=dtype), text).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_bit_decides_next_to_a_tie(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    for text, tie, below, above in (
+        ("log4", 3.0, 2, 4),
+        ("int4", 1.5, 1, 2),
+        ("fp4_e2m1", 5.0, 4, 6),
+        ("mxfp4", 5.0, 4, 6),
+    ):
+        top = {"log4": 8.0, "int4": 7.0}.get(text, 6.0)
+        x = torch.tensor([top, tie * (1 - eps), tie * (1 + eps), -tie * (1 - eps)], dtype=dtype)
+        assert fake_quantize(x, text).tolist() == [top, below, above, -below]
 
 
 @pytest.mark.parametrize("bits", range(2, 12))
@@ -293,6 +318,8 @@ def test_mse_range_clips_outliers_that_are_not_worth_their_step() -> None:
     for text, gain in {"int2": 4, "int3": 1.5, "int4": 1.2, "uint3": 1.5, "int8": 1}.items():
         noise, plain = ((fake_quantize(w, text + suffix) - w).square().mean() for suffix in ("@mse", ""))
         assert gain * noise <= plain
+    huge = (w.float() * 2.0**70, "int3@mse@scale=fp32")  # squares beyond float32
+    assert equal(fake_quantize(*huge), fake_quantize(w.float(), huge[1]) * 2.0**70)
 
 
 def test_percentile_range_equals_clipping_at_numpys_percentile() -> None:

@@ -23,9 +23,13 @@ FOLDERS = ("mpq", *PLUGINS)
 # What is no noun in mpq/: the verbs and what the command line is made of. Plug-ins import none of it.
 VERBS = r"__init__|__main__|pipeline|planning|verification|export(ing|_.*)|reporting|inspection|model_source|terminal"
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
-TORCH_MODULES = {"fake_quantize", "gguf_blocks", "tracing", "tasks", "surgery", "quantizer"}
+TORCH_MODULES = {
+    *("batches", "binary_coding", "dataflow", "demo", "demo_training", "fake_quantize", "gguf_blocks", "grids"),
+    *("parameters", "quantizer", "rounding", "surgery", "task_choice", "tasks", "tracing", "verification"),
+    "weight_view",
+}
 HEAVY = {"torch", "pulp", "optuna", "pandas", "matplotlib", "plotly", "scipy", "rich", "pyarrow"}
-PRINTING_FILES = {"mpq/__main__.py", "mpq/terminal.py"}
+PRINTING_FILES = {"mpq/__main__.py", "mpq/terminal.py", "mpq/demo_training.py"}
 FORBIDDEN_NAMES = {"util", "utils", "helper", "helpers", "manager", "managers", "base"}
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -185,12 +185,28 @@ def test_low_rank_adapters_inside_a_linear_are_layers_of_their_own():
     assert network["0"].module == "0"
 
 
-def test_works_in_inference_mode():
-    class Inference(Functional):
-        forward = torch.inference_mode()(Functional.forward)
+class Inference(nn.Module):
+    """In inference mode PyTorch hands composite operations on whole."""
 
-    (layer,) = trace(Inference((H, D), lambda w, x: torch.relu(F.linear(x, w))), torch.zeros(2, 3, D)).layers
-    assert (layer.macs, layer.input_shape) == (6 * D * H, (2, 3, D))
+    def __init__(self):
+        super().__init__()
+        self.filter, self.q, self.k = nn.Parameter(torch.randn(D, 3, 1, 1)), nn.Linear(D, D), nn.Linear(D, D)
+
+    @torch.inference_mode()
+    def forward(self, image):
+        x = F.conv2d(image, self.filter)
+        return self.q(x.flatten(2).mT.contiguous()) @ self.k(x.movedim(1, -1).reshape(2, -1, D)).mT
+
+
+def test_works_in_inference_mode():
+    network = trace(Inference(), torch.zeros(2, 3, 4, 4))
+    assert [(layer.name, layer.kind, layer.macs) for layer in network.layers] == [
+        ("filter", "conv2d", 32 * 3 * D),
+        ("q", "linear", 32 * D * D),
+        ("k", "linear", 32 * D * D),
+    ]
+    assert network.edges == (("filter", "q"), ("filter", "k"))
+    assert network.siblings == (("q", "k"),)
 
 
 UNKNOWN = {

@@ -221,6 +221,7 @@ def same(left, right):
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_the_model_is_left_as_it_was(fail):
+    torch.backends.mha.set_fastpath_enabled(True)
     model, x = Stateful().train(), torch.randn(2, 3, 4, 4)
     model.norm.eval()
     model(x).sum().backward()

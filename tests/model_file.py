@@ -1,0 +1,16 @@
+"""What a user's file for the command line looks like."""
+
+from small_models import cnn, images
+
+
+def load():
+    """A model, calibration data, no task of its own, and held-out data."""
+    return cnn(), images(batches=2, samples=8), None, images(batches=3, samples=8)[2:]
+
+
+def wrong():
+    return cnn()
+
+
+def empty():
+    return cnn(), []

@@ -1,0 +1,127 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mpq import Plan
+from mpq.__main__ import main
+
+TESTS = Path(__file__).parent
+MODEL = f"{TESTS / 'model_file.py'}:load"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_search_show_and_verify_a_model_from_a_file(tmp_path):
+    plan, table = tmp_path / "plan.json", tmp_path / "table.parquet"
+    searched = run(
+        *("search", MODEL, "--options", "int2,int4,int8", "--budget", "size=6 bits", "--budget", "bops=20%"),
+        *("--pin", "head=int8", "--output", str(plan), "--table", str(table)),
+    )
+    assert searched.exit_code == 0, searched.output
+    for text in ("first", "head", "int8", "predicted: sensitivity", "uniform int4", "measured on", "optimal"):
+        assert text in searched.output
+    loaded = Plan.load(plan)
+    assert loaded.options["head"] == "int8"
+    assert loaded.average_bits <= 6 + 1e-9
+    assert loaded.measured
+    shown = run("show", str(plan))
+    assert shown.exit_code == 0
+    assert "bits a planned weight" in shown.output
+    as_csv = run("show", str(plan), "--csv").output.splitlines()
+    assert as_csv[0] == "layer,kind,weights,option,value_bits,size_bytes"
+    assert len(as_csv) == 1 + len(loaded.entries)
+    verified = run("verify", MODEL, str(plan), "--table", str(table))
+    assert verified.exit_code == 0
+    assert "uniform int8" in verified.output
+    assert next(line for line in verified.output.splitlines() if "uniform int8" in line).split()[-1] == "no"
+
+
+def test_inspect_says_what_is_there_before_anything_long():
+    inspected = run("inspect", MODEL, "--options", "int4,int8", "--hardware", "nvidia-t4")
+    assert inspected.exit_code == 0, inspected.output
+    for text in ("conv_transpose2d", "reachable", "latency", "size", "method kl", "estimated from one timed forward pass"):
+        assert text in inspected.output
+    refused = run("inspect", MODEL, "--options", "int3/int8,int8/int8", "--hardware", "x86-amx")
+    assert "refused: first int3/int8" in refused.output
+
+
+def test_list_names_everything():
+    listed = run("list").output
+    for name in ("int2", "output_fisher", "ilp", "nvidia-t4", "x86-amx", "torchao"):
+        assert name in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["search", MODEL, "--budget", "size=1%"], 3, "size"),
+        (["search", MODEL, "--budget", "size=4 ms"], 1, "budget of size"),
+        (["search", MODEL, "--budget", "size"], 1, "--budget must be NAME=VALUE"),
+        (["search", MODEL, "--budget", "size=50%", "--pin", "zz=int8"], 1, "'zz' matches no layer"),
+        (["search", MODEL, "--budget", "size=50%", "--options", "int44"], 1, "int44"),
+        (["search", MODEL, "--budget", "size=50%", "--output", "/no/such/plan.json"], 1, "does not exist"),
+        (["search", "no-such-model", "--budget", "size=50%"], 1, "MODEL must be demo"),
+        (["search", "no.py:load", "--budget", "size=50%"], 1, "there is no file 'no.py'"),
+        (["search", f"{TESTS / 'model_file.py'}:lod", "--budget", "size=50%"], 1, "no function 'lod'"),
+        (["search", f"{TESTS / 'model_file.py'}:wrong", "--budget", "size=50%"], 1, "must return (model, data)"),
+        (["search", f"{TESTS / 'model_file.py'}:empty", "--budget", "size=50%"], 1, "at least one batch"),
+        (["search", str(TESTS), "--budget", "size=50%"], 1, "no config.json"),
+        (["search", MODEL, "--budget", "size=50%", "--task", "classify"], 1, "task must be one of"),
+        (["show", "no-such-plan.json"], 1, "cannot read plan"),
+        (["serch"], 2, "did you mean 'search'"),
+        (["search", MODEL], 2, "--budget"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code_and_no_traceback(arguments, code, message):
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    if code in (1, 3):
+        [line] = [line for line in result.output.splitlines() if line.strip()]
+        assert line.startswith("error: ")
+
+
+def test_debug_keeps_the_traceback():
+    result = run("--debug", "show", "no-such-plan.json")
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("command", ["", "search", "inspect", "verify", "show", "list"])
+def test_help_teaches_by_example(command):
+    result = run(*filter(None, [command]), "--help")
+    assert result.exit_code == 0
+    assert command in ("list",) or "mpq " in result.output.split("Options:")[0]
+
+
+def test_show_and_help_load_neither_torch_nor_pandas(tmp_path):
+    plan = tmp_path / "plan.json"
+    run("search", MODEL, "--budget", "size=50%", "--output", str(plan))
+    for arguments in (["--help"], ["search", "--help"], ["show", str(plan)], ["show", str(plan), "--csv"]):
+        code = (
+            "import sys; from mpq.__main__ import main\n"
+            f"main({arguments!r}, standalone_mode=False)\n"
+            "sys.exit(','.join(sorted({'torch', 'pandas', 'pulp'} & set(sys.modules))))"
+        )
+        finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert finished.stderr.strip() == "", (arguments, finished.stderr)
+
+
+def test_the_demo_runs_end_to_end(tmp_path):
+    plan = tmp_path / "plan.json"
+    result = run(
+        *("search", "demo", "--options", "int4,int8", "--budget", "size=18%", "--hardware", "nvidia-t4"),
+        *("--output", str(plan)),
+    )
+    assert result.exit_code == 0, result.output
+    saved = json.loads(plan.read_text())
+    assert saved["measured"]["agreement"] > 0.97
+    assert "The plan is" in result.output or "equal within the noise" in result.output
