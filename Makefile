@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test check format clean
+.PHONY: venv demo test lint check format clean
 
 venv: $(STAMP)
 
@@ -19,11 +19,12 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest
 
-check: venv
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mpq solvers sensitivity hardware_models
-	$(BIN)/python -m pytest
+
+check: lint test
 
 format: venv
 	$(BIN)/ruff check --fix .

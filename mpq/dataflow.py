@@ -156,13 +156,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
     def _follow(self, call: "Call", trails: list[Trail], outputs: list[Tensor]) -> None:
         if not outputs:
             return
-        direct = 0
         applied = self._applied(call, outputs[0])
         if applied is not None:
-            use, data = applied
+            direct, data = applied
             others = (t for operand, t in zip(call.operands, trails, strict=True) if operand is not data)
-            sources = use | _union(trail.sources for trail in others)
-            direct = use if sources == use else 0
+            sources = direct | _union(trail.sources for trail in others)
         else:
             sources = _union(trail.sources for trail in trails)
             self._meet(call)

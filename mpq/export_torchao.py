@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpq.formats import Float, Integer, Minifloat, NumberFormat
+from mpq.formats import CHANNEL, Float, Integer, Minifloat, NumberFormat
+from mpq.layers import Layer
 from mpq.options import Option
 from mpq.plan import Entry, Plan, weight_format
 
 _SUPPORTED = (
-    "torchao takes int2 to int8 weights with a scale a channel or a group, alone or with int8@token inputs, "
-    "fp8_e4m3 or fp8_e5m2 weights with a scale a channel, and unquantised layers"
+    "torchao takes int2 to int8 weights with a scale a channel or a group, alone or with uint8@token inputs, "
+    "int8/int8@token, fp8_e4m3 or fp8_e5m2 weights with a scale a channel, and unquantised layers"
 )
 _MAX_INT_BITS = 8
+_FLOAT8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+_PACKING = {"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"}
 
 
 def to_torchao(plan: Plan) -> dict[str, Any]:
     """The plan for torchao's `quantize_`, by module name.
 
     Integers become `IntxWeightOnlyConfig` (the largest magnitude of a group falls on the outermost code of its sign, so
-    nothing is clipped), with int8@token inputs `Int8DynamicActivationIntxWeightConfig`; floats of 8 bits
-    `Float8WeightOnlyConfig`; fp32, fp16 and bf16 layers are left out, as torchao leaves them alone.
+    nothing is clipped), with uint8@token inputs `Int8DynamicActivationIntxWeightConfig`; int8/int8@token becomes
+    `Int8DynamicActivationInt8WeightConfig`, floats of 8 bits `Float8WeightOnlyConfig`. Layers in fp32, fp16 and bf16
+    are left out: torchao leaves them alone.
 
     Apply it with
 
@@ -51,50 +55,49 @@ def _config(entry: Entry) -> dict[str, Any] | None:
         raise ValueError(
             f"torchao quantises modules, the weight of {layer.name!r} is used by a function: pin it to fp32"
         )
-    return _for_option(layer.name, option, weight, layer.parameters // layer.weight_shape[0])
+    return _for_option(layer, option, weight)
 
 
-def _for_option(name: str, option: Option, weight: NumberFormat, columns: int) -> dict[str, Any]:
+def _for_option(layer: Layer, option: Option, weight: NumberFormat) -> dict[str, Any]:
     activation = None if option.activation is None else str(option.activation)
-    if isinstance(weight, Integer) and weight.bits <= _MAX_INT_BITS and activation in (None, "int8@token"):
-        fields = _integer_weight(name, weight, columns)
-        if activation is None:
-            return _tagged("IntxWeightOnlyConfig", 2, **fields)
-        return _tagged(
-            "Int8DynamicActivationIntxWeightConfig",
-            2,
-            **{
-                key if key.startswith("intx") else f"weight_{key.removeprefix('weight_')}": v
-                for key, v in fields.items()
-            },
-            act_mapping_type=_enum("MappingType", "SYMMETRIC"),
+    if activation is not None and layer.kind != "linear":
+        raise ValueError(
+            f"torchao quantises the inputs of linear layers, {layer.name!r} is a {layer.kind}: drop its input format"
         )
-    if isinstance(weight, Minifloat) and str(weight) in ("fp8_e4m3@channel", "fp8_e5m2@channel") and activation is None:
-        dtype = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}[weight.name]
-        row = _tagged("PerRow", 1, dim=-1)
-        return _tagged("Float8WeightOnlyConfig", 2, weight_dtype=_enum("torch.dtype", dtype), granularity=row)
-    raise ValueError(f"torchao cannot hold {option} ({name!r}): {_SUPPORTED}")
+    if str(option) == "int8/int8@token":
+        return _tagged("Int8DynamicActivationInt8WeightConfig", 2)
+    if isinstance(weight, Integer) and weight.bits <= _MAX_INT_BITS and activation in (None, "uint8@token"):
+        fields = _integer_weight(layer, weight)
+        if activation is None:
+            return _tagged("IntxWeightOnlyConfig", 2, **fields, intx_packing_format=_PACKING)
+        weights = {f"weight_{key.removeprefix('weight_')}": value for key, value in fields.items()}
+        return _tagged("Int8DynamicActivationIntxWeightConfig", 2, **weights, intx_packing_format=_PACKING)
+    if (
+        isinstance(weight, Minifloat)
+        and weight.name in _FLOAT8
+        and weight.granularity == CHANNEL
+        and activation is None
+    ):
+        dtype = _enum("torch.dtype", _FLOAT8[weight.name])
+        return _tagged("Float8WeightOnlyConfig", 2, weight_dtype=dtype, granularity=_tagged("PerRow", 1, dim=-1))
+    raise ValueError(f"torchao cannot hold {option} ({layer.name!r}): {_SUPPORTED}")
 
 
-def _integer_weight(name: str, weight: NumberFormat, columns: int) -> dict[str, Any]:
-    granularity = weight.granularity
-    if granularity is not None and granularity.kind == "group":
-        if columns % granularity.size:
-            raise ValueError(
-                f"torchao needs groups that divide the row, {weight} does not divide {columns} inputs of {name!r}: "
-                "pin that layer to a scale a channel"
-            )
-        along = _tagged("PerGroup", 1, group_size=granularity.size)
-    elif granularity is not None and granularity.kind == "channel":
-        along = _tagged("PerAxis", 1, axis=0)
-    else:
-        raise ValueError(f"torchao cannot hold {weight} ({name!r}): {_SUPPORTED}")
+def _integer_weight(layer: Layer, weight: NumberFormat) -> dict[str, Any]:
+    granularity, columns = weight.granularity, layer.parameters // layer.weight_shape[0]
+    if granularity is None or granularity.kind not in ("channel", "group"):
+        raise ValueError(f"torchao cannot hold {weight} ({layer.name!r}): {_SUPPORTED}")
+    if granularity.kind == "group" and columns % granularity.size:
+        raise ValueError(
+            f"torchao needs groups that divide the row, {weight} does not divide {columns} inputs of {layer.name!r}: "
+            "pin that layer to a scale a channel"
+        )
+    by_group = _tagged("PerGroup", 1, group_size=granularity.size)
     return {
         "weight_dtype": _enum("torch.dtype", f"int{weight.bits}"),
-        "granularity": along,
+        "granularity": _tagged("PerAxis", 1, axis=0) if granularity.kind == "channel" else by_group,
         "mapping_type": _enum("MappingType", "SYMMETRIC_NO_CLIPPING_ERR"),
         "scale_dtype": None,
-        "intx_packing_format": _enum("IntxPackingFormat", "UNPACKED_TO_INT8"),
     }
 
 

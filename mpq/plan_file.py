@@ -153,7 +153,9 @@ def _entry(record: EntryRecord) -> Entry:
     codes = np.frombuffer(_inflated(split.codes, record.layer.parameters), np.uint8)
     count = len(Network((record.layer,)).units(split.granularity))
     if len(codes) != count:
-        raise ValueError(f"plan entry {name!r} has {len(codes)} codes, cut into {split.granularity} it has {count} units")
+        raise ValueError(
+            f"plan entry {name!r} has {len(codes)} codes, cut into {split.granularity} it has {count} units"
+        )
     if codes.max() >= len(split.options):
         raise ValueError(f"plan entry {name!r} names an option that its split does not list")
     return Entry(record.layer, Split(split.granularity, tuple(map(Option.parse, split.options)), codes))

@@ -38,9 +38,7 @@ def show_plan(plan: Plan) -> None:
                 "█" * max(1, round(16 * entry.value_bits * layer.parameters / (8 * largest))),
             )
         )
-    _table(
-        console, ("layer", "kind", "weights", "option", "bits", "size", "bytes"), rows, right=(2, 4, 5)
-    )
+    _table(console, ("layer", "kind", "weights", "option", "bits", "size", "bytes"), rows, right=(2, 4, 5))
     for line in plan_lines(plan):
         console.print(line, soft_wrap=True, highlight=False)
 

@@ -47,7 +47,14 @@ def test_search_show_and_verify_a_model_from_a_file(tmp_path):
 def test_inspect_says_what_is_there_before_anything_long():
     inspected = run("inspect", MODEL, "--options", "int4,int8", "--hardware", "nvidia-t4")
     assert inspected.exit_code == 0, inspected.output
-    for text in ("conv_transpose2d", "reachable", "latency", "size", "method kl", "estimated from one timed forward pass"):
+    for text in (
+        "conv_transpose2d",
+        "reachable",
+        "latency",
+        "size",
+        "method kl",
+        "estimated from one timed forward pass",
+    ):
         assert text in inspected.output
     refused = run("inspect", MODEL, "--options", "int3/int8,int8/int8", "--hardware", "x86-amx")
     assert "refused: first int3/int8" in refused.output

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mpq.hardware_models.bops import bit_operations
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"

@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import mpq.hardware_models as hardware
 import numpy as np
 import pytest
 
+import mpq.hardware_models as hardware
 from mpq.layers import Layer, Network
 from mpq.options import SearchSpace
 

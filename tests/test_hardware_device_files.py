@@ -3,8 +3,9 @@
 import tomllib
 from importlib.resources import files
 
-import mpq.hardware_models as hardware
 import pytest
+
+import mpq.hardware_models as hardware
 from mpq.hardware_models.device_file import parse_target
 
 SMALL = """\

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import mpq.hardware_models as hardware
 import numpy as np
 import pytest
 
+import mpq.hardware_models as hardware
 from mpq.layers import Layer, Network
 from mpq.options import SearchSpace
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from mpq.formats import parse
 from mpq.hardware_models.device_file import parse_target
 from mpq.hardware_models.roofline import Rates, roofline
 from mpq.hardware_models.workload import Work, work_of
-
-from mpq.formats import parse
 from mpq.layers import Layer, Network
 from mpq.options import Option, SearchSpace
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from mpq.hardware_models.size import size_bytes, value_bytes
 
 from mpq.formats import parse
+from mpq.hardware_models.size import size_bytes, value_bytes
 from mpq.layers import Layer
 
 

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import cnn, decoder, images, tokens
 from torch import nn
 
 import mpq
 from mpq.options import Option
 from mpq.plan import uniform_plan
 from mpq.planning import choices_of, predict
-from small_models import cnn, decoder, images, tokens
 
 OPTIONS = ["int2", "int4", "int8"]
 

@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from small_models import cnn, decoder, images, tokens
 
 import mpq
 from mpq.batches import split_batch
 from mpq.fake_quantize import fake_quantize
 from mpq.options import SearchSpace
-from small_models import cnn, decoder, images, tokens
 
 
 def estimate(model, data, options, method="kl", **settings):

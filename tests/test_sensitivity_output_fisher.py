@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from small_models import cnn, decoder, images, tokens
 from torch import nn
 from torch.nn import functional
 
@@ -13,7 +14,6 @@ from mpq.batches import split_batch
 from mpq.fake_quantize import fake_quantize
 from mpq.options import SearchSpace
 from mpq.tasks import Distribution
-from small_models import cnn, decoder, images, tokens
 
 OPTIONS = ["int2", "int4/int8", "fp32"]
 
@@ -103,7 +103,7 @@ def test_sequences_sum_positions_and_divide_once_and_tied_weights_count_every_us
     model, data = decoder(), [{**batch, "labels": batch["input_ids"]} for batch in tokens(batches=1, samples=1)]
     space = SearchSpace(["int2"])
     frame, network = estimate(model, data, space, labels="data", task=Distribution(causal=True))
-    assert [layer.name for layer in network.layers][0] == "embed"
+    assert network.layers[0].name == "embed"
     ids = data[0]["input_ids"]
 
     def loss(model, sample):

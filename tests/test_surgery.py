@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from small_models import cnn, decoder, images, tokens
 from torch import nn
 
 import mpq
@@ -14,7 +15,6 @@ from mpq.options import Option
 from mpq.plan import Entry, Plan, Split
 from mpq.surgery import quantise_activation
 from mpq.weight_view import as_rows, from_rows
-from small_models import cnn, decoder, images, tokens
 
 
 def plan_for(network, choices, fallback="fp32"):
@@ -72,7 +72,12 @@ def test_inputs_are_quantised_on_the_way_in():
     [
         ("linear", (2, 3, 8), "int4@token", lambda x: [x[i, j] for i in range(2) for j in range(3)]),
         ("linear", (2, 3, 8), "int4@channel", lambda x: [x[..., c] for c in range(8)]),
-        ("linear", (2, 3, 8), "int4@group4", lambda x: [x[i, j, k : k + 4] for i in range(2) for j in range(3) for k in (0, 4)]),
+        (
+            "linear",
+            (2, 3, 8),
+            "int4@group4",
+            lambda x: [x[i, j, k : k + 4] for i in range(2) for j in range(3) for k in (0, 4)],
+        ),
         ("conv2d", (2, 6, 4, 4), "int4@token", lambda x: [x[i] for i in range(2)]),
         ("conv2d", (2, 6, 4, 4), "int4@channel", lambda x: [x[:, c] for c in range(6)]),
         ("conv2d", (2, 6, 4, 4), "int4@tensor", lambda x: [x]),
@@ -122,7 +127,10 @@ def test_formats_with_a_scale_a_tensor_cannot_be_split():
     network = mpq.trace(model, torch.randn(2, 8))
     for fmt in ("int4@tensor", "nvfp4"):
         split = Split("rows:2", (Option(fmt),), np.zeros(2, np.uint8))
-        with pytest.raises(ValueError, match="scale shared between rows"), mpq.quantized(model, plan_for(network, {"0": split})):
+        with (
+            pytest.raises(ValueError, match="scale shared between rows"),
+            mpq.quantized(model, plan_for(network, {"0": split})),
+        ):
             pass
 
 

@@ -31,7 +31,17 @@ def same(left, right):
     assert left.quantities.keys() == right.quantities.keys()
     for name, values in left.quantities.items():
         assert values.tobytes() == right.quantities[name].tobytes()
-    for name in ("measures", "aggregates", "layers", "granularity", "ties", "offsets", "reference", "provenance", "fingerprint"):
+    for name in (
+        "measures",
+        "aggregates",
+        "layers",
+        "granularity",
+        "ties",
+        "offsets",
+        "reference",
+        "provenance",
+        "fingerprint",
+    ):
         assert getattr(left, name) == getattr(right, name), name
     assert np.array_equal(left.parameters, right.parameters)
     assert np.array_equal(left.layer_index, right.layer_index)
@@ -60,7 +70,9 @@ def test_round_trip_is_exact(tmp_path, ending):
     rich.save(path)
     loaded = CostTable.load(path)
     same(rich, loaded)
-    assert {p.name for p in tmp_path.iterdir()} == ({"table.parquet"} if ending == "parquet" else {"table.csv", "table.json"})
+    assert {p.name for p in tmp_path.iterdir()} == (
+        {"table.parquet"} if ending == "parquet" else {"table.csv", "table.json"}
+    )
 
 
 def test_frame_and_back_aligns_by_label_whatever_the_order():

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from small_models import SmallDecoder, cnn, decoder, images, tokens
 from torch import nn
 from torch.nn import functional
 
 from mpq.batches import batch_size, batches_of, split_batch
 from mpq.task_choice import choose_task
 from mpq.tasks import CustomLoss, Distribution, Features, Outputs
-from small_models import SmallDecoder, cnn, decoder, images, tokens
 
 
 def test_causal_loss_is_transformers_shifted_cross_entropy_a_sample():
@@ -52,7 +52,9 @@ def test_kl_of_a_small_change_is_half_its_fisher_form(eps):
     z, dz = torch.randn(1, 9, dtype=torch.float64), torch.randn(1, 9, dtype=torch.float64)
     p = z.softmax(-1)
     fisher = torch.diag(p[0]) - p.T @ p
-    ratio = Distribution().divergence(Outputs(z), Outputs(z + eps * dz)).item() / (0.5 * eps**2 * (dz @ fisher @ dz.T).item())
+    ratio = Distribution().divergence(Outputs(z), Outputs(z + eps * dz)).item() / (
+        0.5 * eps**2 * (dz @ fisher @ dz.T).item()
+    )
     assert ratio == pytest.approx(1, abs=eps)
 
 
