@@ -18,6 +18,8 @@ MODEL_HELP = (
     "or a transformers folder (with --data TEXT)."
 )
 
+INTERRUPTED = {"search": "; with --cache FOLDER a search keeps what it has measured"}
+
 
 class OneLineErrors(click.Group):
     """A group whose commands report errors about input in one line, without a traceback."""
@@ -26,10 +28,15 @@ class OneLineErrors(click.Group):
         """Run the command; with --debug errors keep their traceback."""
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own, and a reader such as `head` that has seen enough
+        except KeyboardInterrupt:
+            click.echo("interrupted" + INTERRUPTED.get(ctx.invoked_subcommand or "", ""), err=True)
+            ctx.exit(130)
+        except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"error: {_one_line(error, ctx)}", err=True)
             ctx.exit(3 if type(error).__name__ == "InfeasibleError" else 1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -45,36 +52,42 @@ class OneLineErrors(click.Group):
 @click.version_option(__version__, prog_name="mpq")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    r"""Which layer of a network gets which number format, on this hardware, under these budgets.
+    """Which layer of a network gets which number format, on this hardware, under these budgets.
 
     \b
-    mpq inspect demo                                   what is there, and what budgets can reach
+    mpq inspect demo            what is there, and what budgets can reach
     mpq search demo --options int4,int8 --budget size=18% --output plan.json
-    mpq show plan.json                                 the plan, layer by layer
-    mpq verify demo plan.json                          measured on held-out data, next to uniform precision
-    mpq list                                           formats, methods, solvers, devices, exports
+    mpq show plan.json          the plan, layer by layer
+    mpq verify demo plan.json   measured, next to uniform precision
+    mpq list                    formats, methods, solvers, devices, exports
 
-    Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 budgets that cannot be kept.
-    """
+    Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 budgets that cannot be kept, 130 interrupted.
+    """  # noqa: D301 - click wants the character itself
 
 
 def model_options(command: Command) -> Command:
     """The arguments of every command that takes a model."""
-    for decorate in (
+    return _decorated(
+        command,
         click.argument("model"),
         click.option("--data", "text", metavar="TEXT", help="Text file that calibrates a transformers folder."),
-        click.option("--samples", default=16, show_default=True, help="Windows of text to calibrate on."),
-        click.option("--tokens", default=128, show_default=True, help="Tokens a window."),
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="Windows of text to calibrate on; as many again are held out.",
+        ),
+        click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a window."),
         click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
         click.option("--task", help="classification, causal-lm or features; chosen from the data by default."),
-    ):
-        command = decorate(command)
-    return command
+    )
 
 
 def space_options(command: Command) -> Command:
     """The arguments of every command that takes a search space."""
-    for decorate in (
+    return _decorated(
+        command,
         click.option(
             "--options",
             default="int2,int4,int8",
@@ -82,7 +95,13 @@ def space_options(command: Command) -> Command:
             help="Formats a layer may take: weight or weight/input, separated by commas.",
         ),
         click.option("--pin", "pins", multiple=True, metavar="PATTERN=OPTION", help="Option that these layers take."),
-        click.option("--ties", type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+        click.option(
+            "--ties",
+            type=click.Choice(["auto", "none"]),
+            default="auto",
+            show_default=True,
+            help="auto: one option for projections that runtimes fuse and for convolutions whose outputs are added.",
+        ),
         click.option(
             "--hardware", metavar="NAME|FILE", help="Device, for latency: a name of `mpq list` or a TOML file."
         ),
@@ -90,44 +109,47 @@ def space_options(command: Command) -> Command:
         click.option(
             "--granularity", default="layer", show_default=True, help="What takes an option: layer, rows:16, groups:64."
         ),
-    ):
+    )
+
+
+def _decorated(command: Command, *decorators: Callable[[Command], Command]) -> Command:
+    """The command with arguments that its help lists in this order."""
+    for decorate in reversed(decorators):
         command = decorate(command)
     return command
 
 
 @main.command(epilog=MODEL_HELP)
-@model_options
-@space_options
 @click.option(
     "--budget",
     "budgets",
     multiple=True,
     required=True,
     metavar="NAME=LIMIT",
-    help="size=18%, size=4.5 bits, latency=4 ms",
+    help='What the plan must keep: size=18%, "size=4.5 bits", "size=7.5 MiB", "latency=4 ms", bops=20%. '
+    "Percent is of the model as it stands. Several hold at once.",
 )
+@space_options
 @click.option("--solver", default="auto", show_default=True, help="Solver of `mpq list`.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--cache", metavar="FOLDER", help="Keep finished measurements: an interrupted search goes on there.")
 @click.option("--output", metavar="PLAN.json", help="Write the plan.")
 @click.option("--table", "table_path", metavar="TABLE.parquet", help="Write the cost table, to solve again later.")
+@model_options
 def search(model: str, budgets: tuple[str, ...], output: str | None, table_path: str | None, **given: Any) -> None:
-    r"""Search a plan for MODEL.
+    """Search a plan for MODEL.
 
     \b
-    mpq search demo --options int4,int8 --budget size=18% --hardware nvidia-t4 --output plan.json
-    mpq search net.py:load --options int4,int8 --budget "size=4.5 bits" --budget "latency=4 ms" --hardware nvidia-t4
-    mpq search ./my-llm --data text.txt --options int3,int4,int6 --budget size=25% --pin "lm_head=int8"
-    """
-    from mpq.atomic import check_writable
+    mpq search demo --options int4,int8 --budget size=18% --output plan.json
+    mpq search net.py:load --budget "size=4.5 bits" --budget "latency=4 ms" --hardware nvidia-t4
+    mpq search ./my-llm --data text.txt --budget size=25% --pin "lm_head=int8"
+    """  # noqa: D301 - click wants the character itself
     from mpq.pipeline import measure
     from mpq.planning import solve_table
     from mpq.terminal import show_plan, show_verification
 
-    for path in (output, table_path):
-        if path is not None:
-            check_writable(path)
-    asked = _pairs("budget", budgets)
+    _check_outputs(output, table_path)
+    asked = _budgets(budgets, given["hardware"])
     source = _source(model, given)
     space = _space(given)
     table = measure(
@@ -135,6 +157,7 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
         source.data,
         space,
         budgets=asked,
+        solver=given["solver"],
         task=source.task,
         **{name: given[name] for name in ("hardware", "sensitivity", "granularity", "seed", "cache")},
     )
@@ -157,15 +180,15 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
         click.echo(f"written: {output}")
 
 
-@main.command(epilog=MODEL_HELP)
-@model_options
+@main.command(epilog=MODEL_HELP, short_help="Layers, ties, reachable budgets, time and memory of MODEL.")
 @space_options
+@model_options
 def inspect(model: str, **given: Any) -> None:
-    r"""Show what MODEL has before anything long: layers, ties, reachable budgets, refused formats, time and memory.
+    """Show what MODEL has before anything long: layers, ties, reachable budgets, refused formats, time and memory.
 
     \b
     mpq inspect demo --options int4,int8 --hardware nvidia-t4
-    """
+    """  # noqa: D301 - click wants the character itself
     from mpq.inspection import inspect_model
     from mpq.terminal import show_inspection
 
@@ -180,18 +203,18 @@ def inspect(model: str, **given: Any) -> None:
     show_inspection(inspection)
 
 
-@main.command(epilog=MODEL_HELP)
+@main.command(epilog=MODEL_HELP, short_help="Measure PLAN on MODEL's data, next to uniform precision.")
 @model_options
 @click.argument("plan")
 @click.option(
     "--table", "table_path", metavar="TABLE.parquet", help="Cost table of the search, for predicted next to measured."
 )
 def verify(model: str, plan: str, table_path: str | None, **given: Any) -> None:
-    r"""Measure PLAN on MODEL's held-out data (else on its calibration data), next to uniform precision.
+    """Measure PLAN on MODEL's held-out data (else on its calibration data), next to uniform precision.
 
     \b
     mpq verify demo plan.json --table table.parquet
-    """
+    """  # noqa: D301 - click wants the character itself
     from mpq.plan import Plan
     from mpq.tables import CostTable
     from mpq.terminal import show_verification
@@ -202,19 +225,19 @@ def verify(model: str, plan: str, table_path: str | None, **given: Any) -> None:
     source = _source(model, given)
     if source.holdout is None:
         click.echo("no held-out data was given: measured on the calibration data", err=True)
-    data = source.data if source.holdout is None else source.holdout
-    show_verification(verify_plan(source.model, data, loaded, table, task=source.task))
+    data, kind = (source.data, "calibration") if source.holdout is None else (source.holdout, "held-out")
+    show_verification(verify_plan(source.model, data, loaded, table, task=source.task), data=kind)
 
 
 @main.command()
 @click.argument("plan")
 @click.option("--csv", "as_csv", is_flag=True, help="Plain comma-separated values.")
 def show(plan: str, as_csv: bool) -> None:
-    r"""Show PLAN layer by layer; needs neither the model nor torch.
+    """Show PLAN layer by layer; needs neither the model nor torch.
 
     \b
     mpq show plan.json
-    """
+    """  # noqa: D301 - click wants the character itself
     from mpq.plan import Plan
     from mpq.terminal import plan_csv, show_plan
 
@@ -227,7 +250,7 @@ def show(plan: str, as_csv: bool) -> None:
 
 @main.command(name="list")
 def list_names() -> None:
-    """List formats, options, sensitivity methods, solvers, devices and exports."""
+    """List formats, methods, solvers, devices and exports."""
     from mpq.exporting import targets
     from mpq.formats import FAMILIES
 
@@ -247,11 +270,12 @@ def list_names() -> None:
 def _source(model: str, given: dict[str, Any]) -> Any:
     from dataclasses import replace
 
-    from mpq.model_source import call_function, load_source
+    from mpq.model_source import call_function, check_holdout, load_source
 
     source = load_source(model, text=given["text"], samples=given["samples"], tokens=given["tokens"])
     if given["holdout"] is not None:
         source = replace(source, holdout=call_function(given["holdout"]))
+    source = check_holdout(source)
     return source if given["task"] is None else replace(source, task=given["task"])
 
 
@@ -262,14 +286,43 @@ def _space(given: dict[str, Any]) -> Any:
     return SearchSpace(options, _pairs("pin", given["pins"]), "auto" if given["ties"] == "auto" else None)
 
 
+def _budgets(texts: tuple[str, ...], hardware: str | None) -> dict[str, str]:
+    budgets = _pairs("budget", texts)
+    if "latency" in budgets and hardware is None:
+        raise ValueError("a budget of latency needs a device: give --hardware NAME (mpq list names them)")
+    return budgets
+
+
 def _pairs(role: str, texts: tuple[str, ...]) -> dict[str, str]:
-    pairs = {}
+    form = {"budget": "NAME=LIMIT", "pin": "PATTERN=OPTION"}[role]
+    pairs: dict[str, str] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip() or not value.strip():
-            raise ValueError(f"--{role} must be NAME=VALUE, got {text!r}")
-        pairs[name.strip()] = value.strip()
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name or not value:
+            raise ValueError(f"--{role} must be {form}, got {text!r}")
+        if name in pairs:
+            raise ValueError(f"--{role} of {name!r} is given twice, as {pairs[name]!r} and as {value!r}")
+        pairs[name] = value
     return pairs
+
+
+def _check_outputs(output: str | None, table_path: str | None) -> None:
+    from mpq.atomic import check_writable
+
+    for path in (output, table_path):
+        if path is not None:
+            check_writable(path)
+    if table_path is not None and not table_path.endswith((".parquet", ".csv")):
+        raise ValueError(f"--table must end in .parquet or .csv, got {table_path!r}")
+    if output is not None and output == table_path:
+        raise ValueError(f"--output and --table must be two files, got {output!r} twice")
+
+
+def _one_line(error: Exception, ctx: click.Context) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text} (`mpq --debug {ctx.invoked_subcommand} ...` shows where)"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,31 @@ def split_batch(batch: Batch) -> tuple[Any, Tensor | None]:
             return batch[0], batch[1]
         if len(batch) == 1:
             return batch[0], None
-        raise ValueError(f"a batch must be (inputs, targets), a mapping or a tensor, got {len(batch)} parts")
+        kinds = ", ".join(type(part).__name__ for part in batch)
+        raise ValueError(
+            f"a batch must be (inputs, targets), a mapping or a tensor, got {len(batch)} parts ({kinds}); "
+            "several batches go in a list"
+        )
     return batch, None
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Any:
+    """What the model is called with: the labels of a mapping are left out unless its forward cannot do without."""
+    if isinstance(batch, Mapping) and takes_labels(model) == "needed":
+        return batch
+    return split_batch(batch)[0]
+
+
+def takes_labels(model: nn.Module) -> Literal["no", "possible", "needed"]:
+    """Whether the model's forward takes an argument `labels`, and whether it must be given."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except ValueError:  # traced by torch.jit: what it takes is not known
+        return "no"
+    if "labels" in parameters:
+        return "needed" if parameters["labels"].default is inspect.Parameter.empty else "possible"
+    keywords = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "possible" if keywords else "no"
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -66,7 +90,8 @@ def batches_of(data: Any, *, role: str = "data") -> list[Batch]:
         role: what the data is called in messages.
 
     Raises:
-        ValueError: if there is none, or a batch holds no samples, NaN or infinity.
+        ValueError: if there is none, a batch holds no samples, NaN or infinity, or a list of tensors that cannot be
+            batches of one kind looks like `[inputs, targets]`.
 
     Example:
         >>> len(batches_of([torch.ones(2, 3), torch.ones(2, 3)])), len(batches_of((torch.ones(2, 3), torch.ones(2))))
@@ -78,6 +103,11 @@ def batches_of(data: Any, *, role: str = "data") -> list[Batch]:
     batches = [data] if one else list(data)
     if not batches:
         raise ValueError(f"{role} must hold at least one batch, got none")
+    if len({(batch.dtype, batch.ndim) for batch in batches if isinstance(batch, Tensor)}) > 1:
+        raise ValueError(
+            f"{role} must be batches of one kind, got a list of tensors that differ in dtype or axes: "
+            "if it is one batch, make it a tuple (inputs, targets)"
+        )
     for position, batch in enumerate(batches):
         _check_batch(batch, f"batch {position} of {role}")
     return batches

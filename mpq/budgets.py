@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 _SI = {"p": 1e-12, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -69,7 +70,7 @@ def parse_budget(quantity: str, limit: float | str, measure: str) -> Budget:
         ...
         ValueError: budget of size must have a unit of B, got '4 ms': write for example '18%', '7.9 MB' or '4.5 bits'
     """
-    if isinstance(limit, bool) or not isinstance(limit, int | float | str):
+    if isinstance(limit, bool) or not isinstance(limit, Real | str):
         raise ValueError(f"budget of {quantity} must be a number or text, got {limit!r}")
     if not isinstance(limit, str):
         return _checked(Budget(quantity, "absolute", float(limit)), limit, measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpq.formats import CHANNEL, Float, Integer, Minifloat, NumberFormat
+from mpq.granularity import MINMAX
 from mpq.layers import Layer
 from mpq.options import Option
 from mpq.plan import Entry, Plan, weight_format
@@ -59,6 +60,8 @@ def _config(entry: Entry) -> dict[str, Any] | None:
 
 
 def _for_option(layer: Layer, option: Option, weight: NumberFormat) -> dict[str, Any]:
+    if weight.range != MINMAX:
+        raise ValueError(f"torchao scales weights by their largest magnitude, it cannot hold {option} ({layer.name!r})")
     activation = None if option.activation is None else str(option.activation)
     if activation is not None and layer.kind != "linear":
         raise ValueError(

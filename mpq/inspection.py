@@ -62,7 +62,7 @@ def inspect_model(
     """
     from mpq.batches import batches_of, samples_in
     from mpq.surgery import evaluating
-    from mpq.task_choice import choose_task
+    from mpq.task_choice import TASKS, choose_task
 
     batches = batches_of(data)
     priced = price(model, batches, space, hardware=hardware, granularity=granularity, batch=batch)
@@ -87,7 +87,7 @@ def inspect_model(
         reaches=reaches,
         refused=priced.refused,
         method=str(method),
-        task=repr(chosen),
+        task=next((name for name, known in TASKS.items() if known == chosen), type(chosen).__name__),
         samples=samples,
         seconds=forward
         * {"kl": runs + 1.0, "output_fisher": 3.0 + runs / max(len(candidates), 1)}.get(str(method), 0.0),

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mpq.budgets import Budget, format_quantity, parse_budget
 
 if TYPE_CHECKING:
@@ -76,5 +74,4 @@ def _applied(table: CostTable, budget: Budget, asked: str) -> Limit:
 def _whole(table: CostTable, name: str) -> tuple[float, str]:
     if name in table.reference:
         return table.reference[name], "the model as it stands"
-    dearest = np.where(table.allowed, table.quantity(name), -np.inf).max(axis=1).sum()
-    return float(dearest) + table.offsets.get(name, 0.0), "the dearest allowed option everywhere"
+    return table.reachable(name)[1], "the dearest allowed option everywhere"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,12 @@ def call_function(name: str) -> Any:
     """Call "FILE.py:function".
 
     Raises:
-        ValueError: if there is no such file or function.
+        ValueError: if there is no such file or function, or running it fails.
     """
     file, _, function = name.rpartition(":")
     path = Path(file)
+    if not file.endswith(".py") or not function:
+        raise ValueError(f"a function must be given as FILE.py:function, got {name!r}")
     if not path.is_file():
         raise ValueError(f"cannot read {name!r}: there is no file {file!r}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -62,10 +65,45 @@ def call_function(name: str) -> Any:
         raise ValueError(f"cannot import {file!r} as Python")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent.resolve()))
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"cannot import {file!r}: {_failure(error, path)}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file!r} has no function {function!r}")
-    return getattr(module, function)()
+    try:
+        return getattr(module, function)()
+    except Exception as error:
+        raise ValueError(f"{name!r} failed: {_failure(error, path)}") from error
+
+
+def check_holdout(source: ModelSource) -> ModelSource:
+    """The source with held-out data read once, after the model has run on a batch of it: not only after the search.
+
+    Raises:
+        ValueError: if the held-out data is empty or not finite, or the model cannot run on it.
+    """
+    if source.holdout is None:
+        return source
+    import torch
+
+    from mpq.batches import batches_of, call, model_inputs
+    from mpq.surgery import evaluating
+
+    holdout = batches_of(source.holdout, role="held-out data")
+    with evaluating(source.model), torch.no_grad():
+        try:
+            call(source.model, model_inputs(source.model, holdout[0]))
+        except Exception as error:
+            raise ValueError(f"the model cannot run on the held-out data: {type(error).__name__}: {error}") from error
+    return replace(source, holdout=holdout)
+
+
+def _failure(error: Exception, path: Path) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    where = f" ({path.name}, line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _demo(name: str) -> ModelSource:
@@ -79,6 +117,12 @@ def _demo(name: str) -> ModelSource:
 def _returned(name: str, value: Any) -> ModelSource:
     if not isinstance(value, tuple) or not 2 <= len(value) <= 4:
         raise ValueError(f"{name} must return (model, data), (model, data, task) or (model, data, task, holdout)")
+    from torch import nn
+
+    if not isinstance(value[0], nn.Module):
+        raise ValueError(
+            f"{name} must return (model, data), the model a torch.nn.Module, got {type(value[0]).__name__}"
+        )
     return ModelSource(*value)
 
 
@@ -87,6 +131,8 @@ def _transformers_folder(folder: Path, text: str | None, samples: int, tokens: i
         raise ValueError(f"{str(folder)!r} must be a transformers folder: it has no config.json")
     if text is None:
         raise ValueError(f"{str(folder)!r} needs text to calibrate on: give --data FILE.txt")
+    if not Path(text).is_file():
+        raise ValueError(f"cannot read text {text!r}: there is no such file")
     try:
         import transformers
     except ImportError as error:
@@ -97,9 +143,11 @@ def _transformers_folder(folder: Path, text: str | None, samples: int, tokens: i
     model = loader.from_pretrained(folder, dtype="auto").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     windows = _windows(tokenizer, Path(text), samples, tokens)
-    batches = [_batch(windows[i : i + 4], causal=causal) for i in range(0, len(windows), 4)]
-    half = len(batches) // 2
-    return ModelSource(model, batches[:half], holdout=batches[half:])
+    calibration, holdout = (
+        [_batch(part[i : i + 4], causal=causal) for i in range(0, samples, 4)]
+        for part in (windows[:samples], windows[samples:])
+    )
+    return ModelSource(model, calibration, holdout=holdout)
 
 
 def _windows(tokenizer: Any, text: Path, samples: int, tokens: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +68,8 @@ def search(  # noqa: PLR0917 - the order is public
         ValueError: if a name, pattern, unit or the data is wrong.
     """
     space = SearchSpace(options, pins, ties)
+    if holdout is not None:
+        holdout = import_module("mpq.batches").batches_of(holdout, role="holdout")
     table = measure(
         model,
         data,
@@ -76,6 +79,7 @@ def search(  # noqa: PLR0917 - the order is public
         seed=seed,
         cache=cache,
         budgets=budgets,
+        solver=solver,
         **settings,
     )
     plan = solve_table(table, budgets, solver=solver)
@@ -94,6 +98,7 @@ def measure(
     hardware: Any = None,
     sensitivity: Any = "auto",
     budgets: Mapping[str, float | str] | None = None,
+    solver: Any = "auto",
     task: Any = None,
     granularity: str = "layer",
     quantizer: Any = None,
@@ -112,6 +117,7 @@ def measure(
         hardware: as for `search`.
         sensitivity: as for `search`.
         budgets: refused at once if they cannot be kept, before the model is measured.
+        solver: the one that will be used; refused at once as well.
         task: how a batch is run and what the loss is (`mpq.tasks`).
         granularity: what takes an option of its own: "layer", "rows:16", "groups:64".
         quantizer: whose error is scored; rounds to nearest by default.
@@ -125,10 +131,13 @@ def measure(
         InfeasibleError: if `budgets` cannot be kept.
         ValueError: if a name, pattern, unit or the data is wrong.
     """
+    from mpq.batches import batches_of, samples_in
+
     space = space if isinstance(space, SearchSpace) else SearchSpace(space)
+    data = batches_of(data)  # read once: a loader may shuffle, a generator ends
     priced = price(model, data, space, hardware=hardware, granularity=granularity, batch=batch)
     if budgets is not None:
-        priced.check_reachable(budgets)
+        priced.check_reachable(budgets, solver)
     frame = import_module("mpq.sensitivity").estimate(
         model,
         data,
@@ -143,7 +152,7 @@ def measure(
         progress=progress,
         **(method_settings or {}),
     )
-    provenance = {"samples": _samples(data), "seed": seed, "sensitivity": frame.attrs["method"]}
+    provenance = {"samples": samples_in(data), "seed": seed, "sensitivity": frame.attrs["method"]}
     provenance |= {"task": frame.attrs["task"], "quantizer": repr(quantizer) if quantizer else "RoundToNearest()"}
     return priced.table({"sensitivity": frame, "sensitivity_se": frame}, frame.attrs["measure"], provenance)
 
@@ -190,15 +199,15 @@ class Priced:
             fingerprint=self.network.fingerprint,
         )
 
-    def check_reachable(self, budgets: Mapping[str, float | str]) -> tuple[Limit, ...]:
-        """Refuse budgets that no plan keeps, whatever the scores will be.
+    def check_reachable(self, budgets: Mapping[str, float | str], solver: Any = "auto") -> tuple[Limit, ...]:
+        """Refuse budgets that no plan keeps, whatever the scores will be, and a solver that does not take them.
 
         Raises:
             InfeasibleError: if they cannot be kept; it says what could be reached.
         """
         table = self.table({})
         flat = replace(table, quantities={"sensitivity": np.where(table.allowed, 0.0, np.nan), **table.quantities})
-        solve_table(flat, budgets)
+        solve_table(flat, budgets, solver=solver)
         return apply_budgets(flat, budgets)
 
 
@@ -210,16 +219,24 @@ def price(
     Raises:
         ValueError: if the data is empty or not finite, the model cannot run on it, or a pattern matches nothing.
     """
-    from mpq.batches import batches_of, split_batch
+    from mpq.batches import batches_of, model_inputs
     from mpq.tracing import trace
 
     batches = batches_of(data)
-    network = trace(model, split_batch(batches[0])[0])
+    network = trace(model, model_inputs(model, batches[0]))
     if not network.layers:
         raise ValueError("the model must have a layer to plan (linear, convolution, embedding), found none")
     space.candidates(network)
     network.units(granularity)
-    return Priced(network, space, granularity, _target(hardware).costs(network, space, batch=batch))
+    costs = _target(hardware).costs(network, space, batch=batch)
+    _check_rows(costs, network, space)
+    return Priced(network, space, granularity, costs)
+
+
+def _check_rows(costs: pd.DataFrame, network: Network, space: SearchSpace) -> None:
+    expected = [(layer.name, str(option)) for layer in network.layers for option in space.all_options]
+    if wrong := [pair for pair in zip_longest(costs.index, expected) if pair[0] != pair[1]]:
+        raise ValueError(f"hardware must price every (layer, option) in order, got {wrong[0][0]} for {wrong[0][1]}")
 
 
 def _target(hardware: Any) -> Any:
@@ -239,8 +256,7 @@ def _unit_costs(
         return by_layer
     share = (units.parameters / np.array([layer.parameters for layer in network.layers])[units.layer_index])[:, None]
     by_unit = {name: values[units.layer_index] * share for name, values in by_layer.items()}
-    candidates = space.candidates(network)
-    index_bits = np.array([np.ceil(np.log2(len(candidates[layer.name]))) for layer in network.layers])
+    index_bits = np.ceil(np.log2(np.isfinite(by_layer["size"]).sum(axis=1).clip(min=1)))
     for column, option in enumerate(space.all_options):
         available = np.isfinite(by_unit["size"][:, column])
         bits = unit_storage_bits(units, weight_format(option)) + index_bits[units.layer_index]
@@ -270,9 +286,3 @@ def _as_it_stands(attributes: Mapping[Any, Any]) -> dict[str, float]:
     """What 100 % is where the target runs the model as it stands; elsewhere the table takes the dearest option."""
     meaning = attributes["reference_meaning"]
     return {name: value for name, value in attributes["reference"].items() if meaning[name].startswith("the model")}
-
-
-def _samples(data: Any) -> int:
-    from mpq.batches import batches_of, samples_in
-
-    return samples_in(batches_of(data))

@@ -183,7 +183,12 @@ class Plan:
             chosen |= dict.fromkeys(matching(pattern, names, "with_options"), Option.parse(option))
         entries = tuple(replace(e, choice=chosen.get(e.layer.name, e.choice)) for e in self.entries)
         changed = replace(
-            self, entries=entries, proof=None, measured={}, edited=tuple(dict.fromkeys([*self.edited, *chosen]))
+            self,
+            entries=entries,
+            proof=None,
+            measured={},
+            edited=tuple(dict.fromkeys([*self.edited, *chosen])),
+            provenance={name: value for name, value in self.provenance.items() if name != "price_of_pins"},
         )
         size = {"size": changed.size_bytes} if "size" in self.predicted else {}
         return replace(changed, predicted=size)
@@ -226,8 +231,15 @@ class Plan:
 
 
 def uniform_plan(plan: Plan, option: Option) -> Plan:
-    """The plan that gives every layer the same option; what uniform precision would be."""
-    entries = tuple(replace(entry, choice=option) for entry in plan.entries)
+    """The plan that gives every layer the same option; what uniform precision would be.
+
+    Layers that may not take the option (pinned, or with candidates of their own) keep what they have.
+    """
+    candidates = plan.provenance.get("candidates") or {}
+    entries = tuple(
+        replace(entry, choice=option) if str(option) in candidates.get(entry.layer.name, [str(option)]) else entry
+        for entry in plan.entries
+    )
     return Plan(entries=entries, fingerprint=plan.fingerprint, outside=plan.outside, measures=plan.measures)
 
 

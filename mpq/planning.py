@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.limits import Limit, apply_budgets
-from mpq.options import Option
+from mpq.options import Option, matching
 from mpq.plan import AskedBudget, Entry, Plan, Split, check_layers
 from mpq.problem import Allocation
 from mpq.table_problem import build_problem
@@ -26,7 +26,7 @@ def solve_table(
     *,
     objective: str = "sensitivity",
     solver: Any = "auto",
-    pins: Mapping[str, str] | None = None,
+    pins: Mapping[str, Option | str] | None = None,
     **settings: Any,
 ) -> Plan:
     """The best plan of a table under budgets; needs neither the model nor torch.
@@ -48,13 +48,16 @@ def solve_table(
             "the table has no layers to make a plan for (it was written by hand?): solve table.problem(budgets) instead"
         )
     limits, how = apply_budgets(table, budgets), {"solver": solver, **settings}
-    allocation = _solve(table, limits, objective, pins or {}, how)
+    labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
+    allocation = _solve(table, limits, objective, labels, how)
     plan = _plan(table, allocation, objective, limits)
-    if not pins:
+    if not labels:
         return plan
+    names = [layer.name for layer in table.layers]
+    pinned = dict.fromkeys(name for pattern in labels for name in matching(pattern, names, "pins"))
     free = _solve(table, limits, objective, {}, how)
     price = {name: plan.predicted[name] - value for name, value in _predicted(free, objective).items()}
-    return replace(plan, edited=tuple(pins), provenance={**plan.provenance, "price_of_pins": price})
+    return replace(plan, edited=tuple(pinned), provenance={**plan.provenance, "price_of_pins": price})
 
 
 def predict(table: CostTable, plan: Plan) -> dict[str, float]:

@@ -14,6 +14,7 @@ from mpq.formats import NumberFormat
 from mpq.layers import Layer
 from mpq.plan import Entry, Plan, Split
 from mpq.quantizer import Quantizer, RoundToNearest, quantised_weight
+from mpq.weight_view import as_rows
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def layer_parameters(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
     """A layer's parameter and its aliases in a model.
 
     Raises:
-        ValueError: if one is missing or has another number of weights.
+        ValueError: if one is missing or has another shape.
     """
     found = []
     for name in (layer.weight_name, *layer.aliases):
@@ -110,7 +111,7 @@ def layer_parameters(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
             parameter = model.get_parameter(name)
         except AttributeError as error:
             raise ValueError(f"the model has no parameter {name!r}: the plan is for another model") from error
-        if parameter.numel() != layer.parameters:
+        if not _has_shape_of(parameter, layer):
             raise ValueError(
                 f"layer {layer.name!r} must have the shape {layer.weight_shape} (out, in...), "
                 f"the model's {name!r} is {tuple(parameter.shape)}: the plan is for another model"
@@ -119,6 +120,13 @@ def layer_parameters(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
             raise ValueError(f"parameter {name!r} is on the meta device and has no values: load the weights first")
         found.append(parameter)
     return found
+
+
+def _has_shape_of(parameter: Tensor, layer: Layer) -> bool:
+    try:
+        return tuple(as_rows(parameter.detach(), layer).shape) == layer.weight_shape
+    except (IndexError, RuntimeError, ValueError):
+        return False
 
 
 def owners(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, nn.Parameter]]:

@@ -27,6 +27,7 @@ class TableRecord(msgspec.Struct, forbid_unknown_fields=True):
 
     schema_version: int
     units: int
+    order: str  # digest of the labels of units and options in order: ties, layers and blocks go by position
     measures: dict[str, str]
     aggregates: dict[str, str]
     layers: list[Layer]
@@ -50,7 +51,7 @@ def save_table(table: CostTable, path: Path) -> None:
     """
     record, frame = _record(table), _columns(table)
     if path.suffix == ".csv":
-        check_writable(path.with_suffix(".json"))
+        _check_overwritable(path.with_suffix(".json"))
         write_atomically(path, frame.to_csv(index=False))
         write_atomically(path.with_suffix(".json"), msgspec.json.format(msgspec.json.encode(record), indent=1))
     elif path.suffix == ".parquet":
@@ -84,15 +85,22 @@ def load_table(path: Path) -> CostTable:
     else:
         raise ValueError(f"a table's file must end in .parquet or .csv, got {str(path)!r}")
     try:
-        return _table(frame, record)
+        table = _table(frame, record)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
+    if record is not None and record.order != _order(table):
+        raise ValueError(
+            f"{str(path)!r} must keep its units and options in the order mpq wrote them, which ties and layers go by: "
+            "sort the rows back, or leave out the JSON beside it"
+        )
+    return table
 
 
 def _record(table: CostTable) -> TableRecord:
     return TableRecord(
         schema_version=SCHEMA_VERSION,
         units=len(table.units),
+        order=_order(table),
         measures=dict(table.measures),
         aggregates=dict(table.aggregates),
         layers=list(table.layers),
@@ -106,6 +114,22 @@ def _record(table: CostTable) -> TableRecord:
         provenance=dict(table.provenance),
         fingerprint=table.fingerprint,
     )
+
+
+def _order(table: CostTable) -> str:
+    return hashlib.sha256("\0".join([*table.units, "", *table.options]).encode()).hexdigest()
+
+
+def _check_overwritable(path: Path) -> None:
+    """Check that the JSON beside a CSV is not somebody else's, such as the plan of the same name."""
+    check_writable(path)
+    if path.is_file():
+        try:
+            _decode(path, path.read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"cannot write {str(path)!r}: a file is there that describes no table; give the CSV another name"
+            ) from error
 
 
 def _columns(table: CostTable) -> pd.DataFrame:

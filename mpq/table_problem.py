@@ -53,7 +53,7 @@ def build_problem(
         pairs=dict(table.pairs),
         transitions={name: dict(blocks) for name, blocks in table.transitions.items() if name in resources},
         offsets={name: value for name, value in table.offsets.items() if name in resources or name in peaks},
-        layers=tuple(map(str, table.units)),
+        layers=tuple(np.asarray(table.units).tolist()),
         options=tuple(table.options),
         **features,
     )
@@ -68,7 +68,7 @@ def _allowed(table: CostTable, pins: Mapping[str, str]) -> NDArray[np.bool_]:
         layers = np.isin(np.asarray(names), matching(pattern, names, "pins"))
         units = layers[table.layer_index]
         keep = np.array([label == option for label in table.options])
-        allowed[units] &= keep
+        allowed[units] = table.allowed[units] & keep  # a later pattern overrides an earlier one
     for unit in np.flatnonzero(~allowed.any(axis=1))[:1]:
         raise ValueError(
             f"{str(table.units[unit])!r} has no option left: " + _why(table, int(unit)) + "; widen its options"

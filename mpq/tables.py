@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mpq.arrays import whole_numbers
 from mpq.layers import Layer
 from mpq.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mpq.options import Option
     from mpq.plan import Plan
     from mpq.problem import AllocationProblem
 
@@ -111,6 +113,9 @@ class CostTable:
         put(self, "aggregates", {name: self.aggregates.get(name, "sum") for name in self.quantities})
         if self.parameters is not None:
             put(self, "parameters", _per_unit("parameters", self.parameters, len(self.units)))
+        for name, how in self.aggregates.items():
+            if how not in get_args(Aggregate):
+                raise ValueError(f"aggregate of {name!r} must be one of {', '.join(get_args(Aggregate))}, got {how!r}")
         index = np.arange(len(self.units)) if self.layer_index is None else self.layer_index
         put(self, "layer_index", _per_unit("layer_index", index, len(self.units)))
         put(self, "ties", tuple(tuple(map(int, group)) for group in self.ties))
@@ -182,7 +187,7 @@ class CostTable:
         budgets: Mapping[str, float | str],
         objective: str = "sensitivity",
         *,
-        pins: Mapping[str, str] | None = None,
+        pins: Mapping[str, Option | str] | None = None,
         **features: Any,
     ) -> AllocationProblem:
         """The allocation problem of this table under budgets.
@@ -191,7 +196,8 @@ class CostTable:
             budgets: a limit a quantity: a number in base units or text (`mpq.budgets`).
             objective: the quantity to minimise; any other may be a budget, so "the smallest size with a predicted loss
                 of at most x" is `problem({"sensitivity": x}, objective="size")`.
-            pins: name patterns of layers (or units) and the option they take.
+            pins: name patterns of layers (of units, where the table has no layers) and the option they take; a later
+                pattern overrides an earlier one.
             **features: passed on to `AllocationProblem` (norm, max_formats, format_costs).
 
         Raises:
@@ -200,7 +206,8 @@ class CostTable:
         from mpq.limits import apply_budgets
         from mpq.table_problem import build_problem
 
-        return build_problem(self, apply_budgets(self, budgets), objective, pins or {}, features)
+        labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
+        return build_problem(self, apply_budgets(self, budgets), objective, labels, features)
 
     def solve(self, budgets: Mapping[str, float | str], **settings: Any) -> Plan:
         """The best plan of this table under budgets, without the model. Arguments: `mpq.planning.solve_table`."""
@@ -220,12 +227,21 @@ class CostTable:
         return values
 
     def reachable(self, name: str) -> tuple[float, float]:
-        """The smallest and largest total of a quantity that is a sum, offsets included, budgets and ties aside."""
+        """The smallest and largest total of a quantity, offsets included, budgets and ties aside."""
         values = self.quantity(name)
-        low = np.where(self.allowed, values, np.inf).min(axis=1).sum()
-        high = np.where(self.allowed, values, -np.inf).max(axis=1).sum()
+        low = np.where(self.allowed, values, np.inf).min(axis=1)
+        high = np.where(self.allowed, values, -np.inf).max(axis=1)
         offset = self.offsets.get(name, 0.0)
-        return float(low + offset), float(high + offset)
+        return self._total(name, low) + offset, self._total(name, high) + offset
+
+    def _total(self, name: str, per_unit: NDArray[np.float64]) -> float:
+        """One number a unit added up as the quantity's aggregate says."""
+        if self.aggregates[name] == "sum":
+            return float(per_unit.sum())
+        if self.aggregates[name] == "max":
+            return float(per_unit.max())
+        step, unit = self.alive[name].T
+        return float(np.bincount(step, weights=per_unit[unit]).max())
 
     def save(self, path: str | Path) -> None:
         """Write `table.parquet`, or `table.csv` with a `table.json` beside it. The way back is exact."""
@@ -267,7 +283,7 @@ def _array(name: str, values: ArrayLike, shape: tuple[int, int]) -> FloatTable:
 
 
 def _per_unit(name: str, values: ArrayLike, count: int) -> NDArray[np.int64]:
-    array = np.asarray(values, dtype=np.int64)
+    array = whole_numbers(name, values)
     if array.shape != (count,):
         raise ValueError(f"{name} must have one entry a unit, ({count},), got {array.shape}")
     return array

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.batches import Batch, call, split_batch
+from mpq.batches import Batch, call, split_batch, takes_labels
 from mpq.tasks import CustomLoss, Distribution, Features, LossFunction, Task, output_fields, output_tensor
 
 TASKS: Mapping[str, Task] = {
@@ -21,8 +21,9 @@ TASKS: Mapping[str, Task] = {
 def choose_task(model: nn.Module, batch: Batch, task: Task | LossFunction | str | None = None) -> Task:
     """The task that was given, or the one the data and the outputs suggest.
 
-    `(inputs, integer targets)` and mappings whose output has logits are distributions; float targets, outputs without
-    logits, unit-norm rows and single numbers are features. A causal language model shifts its labels.
+    `(inputs, integer targets)` and mappings whose output has logits are distributions; float targets, hidden states,
+    unit-norm rows, single numbers and unlabelled maps (four axes or more) are features. A causal language model shifts
+    its labels.
 
     Args:
         model: run once on the batch where the data alone does not decide.
@@ -40,7 +41,8 @@ def choose_task(model: nn.Module, batch: Batch, task: Task | LossFunction | str 
         return task if isinstance(task, Task) else CustomLoss(task)
     inputs, targets = split_batch(batch)
     with torch.no_grad():
-        output = call(model, batch if isinstance(batch, Mapping) else inputs)
+        with_labels = isinstance(batch, Mapping) and takes_labels(model) != "no"
+        output = call(model, batch if with_labels else inputs)
     fields = output_fields(output)
     if "loss" in fields and "logits" not in fields:
         return CustomLoss(_own_loss)
@@ -56,8 +58,11 @@ def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _is_causal(model: nn.Module) -> bool:
-    names = getattr(getattr(model, "config", None), "architectures", None) or [type(model).__name__]
-    return any("CausalLM" in name or "LMHead" in name for name in names)
+    name = type(model).__name__
+    if "For" in name:  # a checkpoint's config may still name the model it was taken from
+        return "CausalLM" in name
+    names = getattr(getattr(model, "config", None), "architectures", None) or ()
+    return any("CausalLM" in other or "LMHead" in other for other in (name, *names))
 
 
 def _looks_like_features(output: Any) -> bool:
@@ -66,4 +71,4 @@ def _looks_like_features(output: Any) -> bool:
     values = output_tensor(output, ())
     norms = values.flatten(0, -2).float().norm(dim=-1)
     unit_norm = bool(((norms - 1).abs() < 1e-3).all())
-    return values.shape[-1] == 1 or unit_norm
+    return values.shape[-1] == 1 or unit_norm or values.ndim > 3

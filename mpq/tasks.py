@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.batches import Batch, batch_size, call, split_batch, tensors_of
+from mpq.batches import Batch, batch_size, call, model_inputs, split_batch, tensors_of
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 IGNORED = -100  # the label that cross entropy leaves out
@@ -66,7 +66,9 @@ class Task(Protocol):
 class Distribution:
     """Outputs are logits: cross entropy as loss, Kullback-Leibler divergence from full precision as distance.
 
-    `causal` shifts labels by one (language models): position t predicts token t + 1.
+    `causal` shifts labels by one (language models): position t predicts token t + 1. Classes are the last axis where
+    the labels have the shape of the others, else the second, as torch's own losses take them; without labels they are
+    the last of up to three axes and the second of more.
     """
 
     causal: bool = False
@@ -74,11 +76,11 @@ class Distribution:
 
     def run(self, model: nn.Module, batch: Batch) -> Outputs:
         """Logits with classes last, and the labels aligned with them."""
-        inputs, targets = split_batch(batch)
-        values = output_tensor(call(model, inputs), ("logits",))
-        labels, mask = targets, _padding(inputs, values)
-        if labels is not None and not self.causal and labels.shape[1:] == values.shape[2:]:
-            values = values.movedim(1, -1)  # (samples, classes, positions...), torch's own order
+        inputs, labels = split_batch(batch)
+        values = output_tensor(call(model, model_inputs(model, batch)), ("logits",))
+        mask = _padding(inputs, values)
+        if not self.causal and _classes_come_second(values, labels):
+            values = values.movedim(1, -1)
         if self.causal:
             values = values[:, :-1]
             labels = None if labels is None else labels[:, 1:]
@@ -93,13 +95,13 @@ class Distribution:
         if outputs.labels is None:
             return None
         labels = outputs.labels.reshape(-1)
-        loss = functional.cross_entropy(_flat(outputs.values), labels, ignore_index=IGNORED, reduction="none")
+        loss = functional.cross_entropy(_single(_flat(outputs.values)), labels, ignore_index=IGNORED, reduction="none")
         return _mean_over_positions(loss, outputs)
 
     def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
         """Cross entropy against labels drawn from the model's own distribution, each position on its own."""
-        logits = _flat(outputs.values)
-        probabilities = logits.detach().float().softmax(-1).cpu()
+        logits = _single(_flat(outputs.values))
+        probabilities = logits.detach().softmax(-1).cpu()
         labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
         loss = functional.cross_entropy(logits, labels, reduction="none")
         return _mean_over_positions(loss, outputs) * outputs.positions()
@@ -108,7 +110,8 @@ class Distribution:
         """KL(reference || outputs) in nats, mean over the positions of each sample."""
         log_p = _flat(reference.values).double().log_softmax(-1)
         log_q = _flat(outputs.values).double().log_softmax(-1)
-        kl = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        terms = functional.kl_div(log_q, log_p, log_target=True, reduction="none")
+        kl = terms.masked_fill(log_p.isneginf(), 0).sum(-1)  # 0 log 0 = 0: classes the model rules out
         return _mean_over_positions(kl.clamp_min(0), outputs)
 
     def agreement(self, reference: Outputs, outputs: Outputs) -> Tensor:
@@ -130,7 +133,7 @@ class Features:
     def run(self, model: nn.Module, batch: Batch) -> Outputs:
         """Features with the samples first; padding of token features is masked."""
         inputs, targets = split_batch(batch)
-        values = output_tensor(call(model, inputs), ("last_hidden_state", "logits"))
+        values = output_tensor(call(model, model_inputs(model, batch)), ("last_hidden_state", "logits"))
         return Outputs(values, _padding(inputs, values), targets)
 
     def losses(self, outputs: Outputs) -> Tensor | None:
@@ -138,14 +141,14 @@ class Features:
         if outputs.labels is None or not outputs.labels.is_floating_point():
             return None
         labels = outputs.labels.reshape(outputs.values.shape)
-        error: Tensor = functional.mse_loss(outputs.values, labels, reduction="none")
+        error: Tensor = functional.mse_loss(_single(outputs.values), _single(labels), reduction="none")
         return error.flatten(1).mean(1)
 
     def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
         """Random signs z . y √(2T) / ||y||: ½ E (gradient . change)² / T is then the relative squared error."""
-        signs = torch.randint(0, 2, outputs.values.shape, generator=generator).to(outputs.values) * 2 - 1
-        values = _masked(outputs.values, outputs.mask)
-        norm = _masked(outputs.values.detach(), outputs.mask).flatten(1).norm(dim=1).clamp_min(1e-30)
+        values = _single(_masked(outputs.values, outputs.mask))
+        signs = torch.randint(0, 2, values.shape, generator=generator).to(values) * 2 - 1
+        norm = values.detach().flatten(1).norm(dim=1).clamp_min(1e-30)
         scale: Tensor = (2 * outputs.positions()).sqrt() / norm
         return scale * (values * signs).flatten(1).sum(1)
 
@@ -168,10 +171,17 @@ class CustomLoss:
     measured_in: str = "loss"
 
     def run(self, model: nn.Module, batch: Batch) -> Outputs:
-        """The losses themselves, shaped (samples, 1); one number counts for every sample of the batch."""
-        value = self.loss(model, batch)
-        if value.ndim == 0:
-            value = value.expand(batch_size(batch))
+        """The losses themselves, shaped (samples, 1); one number counts for every sample of the batch.
+
+        Raises:
+            ValueError: if the function returns anything else.
+        """
+        value, samples = self.loss(model, batch), batch_size(batch)
+        if not isinstance(value, Tensor) or tuple(value.shape) not in ((), (1,), (samples,), (samples, 1)):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"a loss must be a tensor of one number, or of one a sample ({samples},), got {shape}")
+        if value.numel() == 1:
+            value = value.reshape(()).expand(samples)
         return Outputs(value.reshape(-1, 1))
 
     def losses(self, outputs: Outputs) -> Tensor:
@@ -218,18 +228,29 @@ def _padding(inputs: Any, values: Tensor) -> Tensor | None:
     return mask.bool()  # type: ignore[no-any-return]
 
 
+def _classes_come_second(values: Tensor, labels: Tensor | None) -> bool:
+    if labels is None:
+        return values.ndim > 3
+    return labels.shape != values.shape[:-1] and labels.shape[1:] == values.shape[2:]
+
+
 def _flat(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
+def _single(values: Tensor) -> Tensor:
+    """Float32 at least: a loss in half precision has three digits, and a sum of squares overflows."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values * mask.unsqueeze(-1)
+    return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def _mean_over_positions(per_position: Tensor, outputs: Outputs) -> Tensor:
     table = per_position.reshape(outputs.values.shape[0], -1)
     if outputs.mask is not None:
-        table = table * outputs.mask.reshape(table.shape)
+        table = table.masked_fill(~outputs.mask.reshape(table.shape), 0)
     return table.sum(1) / outputs.positions()
 
 

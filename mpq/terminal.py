@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from mpq.budgets import format_quantity
 
@@ -17,16 +21,20 @@ if TYPE_CHECKING:
     from mpq.verification import Verification
 
 _SHOWN = ("sensitivity", "size", "latency", "energy", "bops")
+_FIGURE_BREAK = re.compile(r" (?=±|to )")  # where figures may fold: never before their unit
+_GAP = 2  # spaces between columns
+_NAME_WIDTH = 20  # what names of layers fold to before other columns give way
 
 
 def show_plan(plan: Plan) -> None:
     """The plan layer by layer, what it is predicted to cost, and how good it is proved to be."""
     console = _console()
     rows = []
-    largest = max(entry.layer.parameters for entry in plan.entries)
+    largest = max(entry.value_bits * entry.layer.parameters for entry in plan.entries)
+    pinned = _pinned(plan)
     for entry in plan.entries:
         layer = entry.layer
-        mark = " (pinned)" if layer.name in plan.edited else ""
+        mark = " (pinned)" if layer.name in pinned else ""
         rows.append(
             (
                 layer.name,
@@ -35,7 +43,7 @@ def show_plan(plan: Plan) -> None:
                 f"{entry.choice}{mark}",
                 f"{entry.value_bits:.3g}",
                 format_quantity(entry.storage_bits / 8, "B"),
-                "█" * max(1, round(16 * entry.value_bits * layer.parameters / (8 * largest))),
+                "█" * max(1, round(8 * entry.value_bits * layer.parameters / largest)),
             )
         )
     _table(console, ("layer", "kind", "weights", "option", "bits", "size", "bytes"), rows, right=(2, 4, 5))
@@ -64,13 +72,16 @@ def plan_lines(plan: Plan) -> Iterable[str]:
         yield f"proof: {plan.proof.status} for the predicted table{gap}"
     if price := plan.provenance.get("price_of_pins"):
         text = ", ".join(
-            f"{name} {value:+.4g} {plan.measures.get(name, '')}".strip()
+            f"{name} {'-' if value < 0 else '+'}{format_quantity(abs(value), plan.measures.get(name, ''))}"
             for name, value in price.items()
             if name in _SHOWN
         )
         yield f"price of the pins: {text}"
     if plan.measured:
-        yield "measured on held-out data: " + ", ".join(f"{name} {value:.4g}" for name, value in plan.measured.items())
+        figures = {name: f"{value:.4g}" for name, value in plan.measured.items()}
+        errors = {name: f" ±{figures[f'{name}_se']}" for name in figures if f"{name}_se" in figures}
+        shown = [f"{name} {figure}{errors.get(name, '')}" for name, figure in figures.items() if name[-3:] != "_se"]
+        yield "measured on held-out data: " + ", ".join(shown)
     if estimates := plan.provenance.get("estimates"):
         yield f"rests on estimated device numbers: {', '.join(estimates)}"
 
@@ -88,25 +99,25 @@ def plan_csv(plan: Plan) -> str:
     return text.getvalue()
 
 
-def show_verification(verification: Verification) -> None:
-    """Measured figures of the plan, of uniform precisions and of full precision."""
+def show_verification(verification: Verification, *, data: str = "held-out") -> None:
+    """Measured figures of the plan, of uniform precisions and of full precision; `data` says on what."""
     console = _console()
     rows = [
         (
             row.name,
             format_quantity(row.size_bytes, "B"),
-            f"{row.divergence:.5f} ±{row.divergence_se:.5f}",
-            "" if row.predicted is None else f"{row.predicted:.5f}",
+            " ±".join(_figures(row.divergence, row.divergence_se)),
+            "" if row.predicted is None else _figures(row.predicted)[0],
             "" if row.loss is None else f"{row.loss:.4f}",
             "" if row.agreement is None else f"{row.agreement:.1%}",
-            "yes" if row.fits else "no",
+            {True: "yes", False: "no", None: ""}[row.fits],
         )
         for row in verification.rows
     ]
     name = verification.divergence_name
     header = ("", "size", f"{name} measured", "predicted", "loss", "agree", "fits")
     _table(console, header, rows, right=(1, 2, 3, 4, 5))
-    console.print(f"measured on {verification.samples} held-out samples", highlight=False)
+    console.print(f"measured on {verification.samples} {data} samples", highlight=False)
     console.print(verification.verdict, highlight=False, soft_wrap=True)
 
 
@@ -138,17 +149,48 @@ def show_inspection(inspection: Inspection) -> None:
         for reach in inspection.reaches
     ]
     _table(console, ("budget", "smallest", "largest", "100% is", "reachable"), reach_rows, right=(1, 2, 3, 4))
-    for (layer, option), reason in list(inspection.refused.items())[:12]:
-        console.print(f"refused: {layer} {option}: {reason}", highlight=False, soft_wrap=True)
-    if len(inspection.refused) > 12:
-        console.print(f"refused: {len(inspection.refused) - 12} more")
+    for (option, reason), layers in _grouped(inspection.refused).items():
+        where = layers[0] if len(layers) == 1 else f"{len(layers)} layers ({', '.join(layers)})"
+        console.print(f"refused: {option} in {where}: {reason}", highlight=False, soft_wrap=True)
     console.print(
         f"{inspection.task}, {inspection.samples} samples, method {inspection.method}: "
-        f"about {inspection.seconds:.0f} s and "
+        f"about {format_seconds(inspection.seconds)} and "
         f"{format_quantity(inspection.memory_bytes, 'B')} at the peak (estimated from one timed forward pass)",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration a person plans with.
+
+    Example:
+        >>> format_seconds(0.04), format_seconds(7.4), format_seconds(754.0), format_seconds(9000.0)
+        ('1 s', '8 s', '13 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _figures(*values: float) -> list[str]:
+    """Figures of one cell in one style, the first of which is never rounded to nothing."""
+    style = ".2e" if 0 < abs(values[0]) < 1e-3 else ".5f"
+    return [format(value, style) for value in values]
+
+
+def _pinned(plan: Plan) -> set[str]:
+    """Layers whose option was set by hand, in the search or afterwards."""
+    patterns = [*plan.edited, *plan.provenance.get("pins", {})]
+    names = [entry.layer.name for entry in plan.entries]
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _grouped(refused: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], list[str]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for (layer, option), reason in refused.items():
+        groups.setdefault((option, reason), []).append(layer)
+    return groups
 
 
 def _console() -> Console:
@@ -157,13 +199,39 @@ def _console() -> Console:
     return Console()
 
 
-def _table(console: Console, header: tuple[str, ...], rows: list[Any], right: tuple[int, ...]) -> None:
+def _table(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> None:
+    """Print a table that loses no character: names fold first, and a file or a pipe has room for every column."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, title in enumerate(header):
-        table.add_column(title, justify="right" if position in right else "left", no_wrap=position in (0, *right))
+    bounded = console.is_terminal or "COLUMNS" in os.environ
+    widths = _widths(header, rows, right, console.width if bounded else None)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, _GAP - 1, 0, 0), pad_edge=False)
+    for position, (title, width) in enumerate(zip(header, widths, strict=True)):
+        table.add_column(title, justify="right" if position in right else "left", width=width, overflow="fold")
     for row in rows:
         table.add_row(*row)
+    room = console.width
+    console.width = max(room, sum(widths) + _GAP * (len(widths) - 1))
     console.print(table, highlight=False)
+    console.print()
+    console.width = room
+
+
+def _widths(
+    header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...], room: int | None
+) -> list[int]:
+    """Widths of the columns: as wide as their text, or as little narrower as the room asks for."""
+    widths, least = [], []
+    for position, column in enumerate(zip(header, *rows, strict=True)):
+        widths.append(max(map(len, column)))
+        words = [_FIGURE_BREAK.split(cell) if position in right else cell.split() for cell in column[1:]]
+        least.append(max(len(word) for words_of in [header[position].split() or [""], *words] for word in words_of))
+    least[0] = min(least[0], _NAME_WIDTH)
+    excess = 0 if room is None else sum(widths) + _GAP * (len(widths) - 1) - room
+    for _ in range(excess):
+        widest = max(range(len(widths)), key=lambda position: widths[position] - least[position])
+        if widths[widest] == least[widest]:
+            break  # nothing left to fold: lines are longer than the terminal
+        widths[widest] -= 1
+    return widths

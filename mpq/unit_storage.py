@@ -21,7 +21,8 @@ def unit_storage_bits(units: Units, fmt: NumberFormat) -> NDArray[np.float64]:
         >>> unit_storage_bits(units, parse("int4")).tolist()  # 4 rows: 32 values of 4 bits, 4 scales of 16
         [192.0, 48.0]
     """
-    shapes = np.stack([units.row_stop - units.row_start, units.column_stop - units.column_start])
-    unique, inverse = np.unique(shapes, axis=1, return_inverse=True)
-    bits = np.array([fmt.storage_bits(tuple(shape)) for shape in unique.T.tolist()], dtype=float)
-    return bits[inverse.reshape(-1)]
+    rows, columns = units.row_stop - units.row_start, units.column_stop - units.column_start
+    widest = int(columns.max(initial=0)) + 1
+    shapes, inverse = np.unique(rows * widest + columns, return_inverse=True)  # a shape as one number: fast to sort
+    bits = np.array([fmt.storage_bits(divmod(shape, widest)) for shape in shapes.tolist()], dtype=float)
+    return bits[inverse]

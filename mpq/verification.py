@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mpq.batches import batches_of
+from mpq.batches import batches_of, samples_in
 from mpq.options import Option
 from mpq.plan import Plan, uniform_plan
 from mpq.planning import predict
 from mpq.quantizer import Quantizer
 from mpq.surgery import evaluating, quantized
 from mpq.task_choice import choose_task
-from mpq.tasks import LossFunction, Outputs, Task, mean_and_error
+from mpq.tasks import CustomLoss, LossFunction, Outputs, Task, mean_and_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ class Measured:
     """One model on the data: means over samples, standard errors, and what was predicted where a table says so.
 
     `divergence` is the KL divergence from full precision in nats, or for features the relative squared error. Size is
-    counted, not measured. None: the task has no such figure.
+    counted, not measured. None: the task has no such figure, or whether the budgets are kept is not known.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Measured:
     loss: float | None
     agreement: float | None
     predicted: float | None
-    fits: bool
+    fits: bool | None
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,14 @@ class Verification:
     def verdict(self) -> str:
         """One sentence: what the plan gained over uniform precision at the same budget."""
         plan, uniform = self.plan, self.uniform
+        if plan.fits is False:
+            return "The plan does not keep its budgets: it cannot be compared at them."
+        if uniform is None and any(row.fits is None for row in self.rows if row.name != FULL_PRECISION):
+            return "Which uniform precision keeps these budgets is not known without the table of the search."
         if uniform is None:
             return "No uniform precision keeps these budgets; the plan does."
+        if self.samples == 1:
+            return f"One sample cannot tell the plan from {uniform.name}: measure on more data."
         noise = 2 * (plan.divergence_se**2 + uniform.divergence_se**2) ** 0.5
         figures = f"{self.divergence_name} {plan.divergence:.3g} against {uniform.divergence:.3g}"
         if abs(plan.divergence - uniform.divergence) <= noise:
@@ -101,7 +107,7 @@ class Verification:
             lines.append(
                 f"{row.name:18}{row.size_bytes / 1e6:10.4f}{row.average_bits:8.3f}{row.divergence:13.5f}"
                 f"{row.divergence_se:10.5f}{_text(row.predicted, '12.5f')}{_text(row.loss, '9.4f')}"
-                f"{_text(row.agreement, '8.3f')}" + ("" if row.fits or row.name == FULL_PRECISION else "  over budget")
+                f"{_text(row.agreement, '8.3f')}" + ("  over budget" if row.fits is False else "")
             )
         footer = f"measured on {self.samples} samples; sizes are counted, predictions come from the table"
         return "\n".join([*lines, footer, self.verdict])
@@ -138,10 +144,14 @@ def verify(
         rows = [judge.row(FULL_PRECISION, None, reference)]
         for name, candidate in plans.items():
             with quantized(model, candidate, quantizer=quantizer):
-                outputs = [chosen.run(model, batch) for batch in batches]
-            rows.append(judge.row(name, candidate, outputs))
-    name = "KL" if chosen.measured_in == "loss" else "rel. error"
-    return Verification(tuple(rows), name, sum(len(outputs.values) for outputs in reference))
+                rows.append(judge.row(name, candidate, (chosen.run(model, batch) for batch in batches)))
+    return Verification(tuple(rows), _divergence_name(chosen), samples_in(batches))
+
+
+def _divergence_name(task: Task) -> str:
+    if isinstance(task, CustomLoss):
+        return "loss added"
+    return "KL" if task.measured_in == "loss" else "rel. error"
 
 
 def _uniform_options(plan: Plan) -> list[Option]:
@@ -159,47 +169,47 @@ class _Judge:
     table: CostTable | None
     reference: list[Outputs]
 
-    def row(self, name: str, candidate: Plan | None, outputs: list[Outputs]) -> Measured:
-        """The figures of one model; `candidate` None is full precision."""
-        pairs = list(zip(self.reference, outputs, strict=True))
-        divergence, error = mean_and_error(_joined([self.task.divergence(*pair) for pair in pairs]))
-        agreements = [self.task.agreement(*pair) for pair in pairs]
-        losses = [self.task.losses(output) for output in outputs]
-        predicted = _prediction(self.table, candidate)
+    def row(self, name: str, candidate: Plan | None, outputs: Iterable[Outputs]) -> Measured:
+        """The figures of one model, batch by batch; `candidate` None is full precision."""
+        figures: dict[str, list[torch.Tensor]] = {"divergence": [], "loss": [], "agreement": []}
+        for exact, output in zip(self.reference, outputs, strict=True):
+            figures["divergence"].append(self.task.divergence(exact, output))
+            optional = {"loss": self.task.losses(output), "agreement": self.task.agreement(exact, output)}
+            for figure, values in optional.items():
+                figures[figure] += [] if values is None else [values]
+        means = {figure: mean_and_error(_joined(parts)) for figure, parts in figures.items() if parts}
+        predicted = self._prediction(candidate)
         return Measured(
             name=name,
             size_bytes=self.plan.full_bytes if candidate is None else candidate.size_bytes,
             average_bits=self.plan.full_bits if candidate is None else candidate.average_bits,
-            divergence=divergence,
-            divergence_se=error,
-            loss=_mean(losses),
-            agreement=_mean(agreements),
+            divergence=means["divergence"][0],
+            divergence_se=means["divergence"][1],
+            loss=means.get("loss", (None,))[0],
+            agreement=means.get("agreement", (None,))[0],
             predicted=predicted.get("sensitivity"),
-            fits=candidate is not None and _fits(self.plan, candidate, predicted),
+            fits=None if candidate is None else _fits(self.plan, candidate, predicted),
         )
 
-
-def _mean(parts: Sequence[torch.Tensor | None]) -> float | None:
-    present = [part for part in parts if part is not None]
-    return mean_and_error(_joined(present))[0] if present else None
+    def _prediction(self, candidate: Plan | None) -> Mapping[str, float]:
+        if candidate is None:
+            return {}
+        if self.table is None:
+            return self.plan.predicted if candidate is self.plan else {}
+        try:
+            return predict(self.table, candidate)
+        except ValueError:  # an option that this table does not price has no prediction
+            return {}
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([part.detach().cpu().double() for part in parts])
 
 
-def _prediction(table: CostTable | None, candidate: Plan | None) -> Mapping[str, float]:
-    if table is None or candidate is None:
-        return {}
-    try:
-        return predict(table, candidate)
-    except ValueError:  # an option that this table does not price has no prediction
-        return {}
-
-
-def _fits(plan: Plan, candidate: Plan, predicted: Mapping[str, float]) -> bool:
+def _fits(plan: Plan, candidate: Plan, predicted: Mapping[str, float]) -> bool | None:
     known = {"value_size": candidate.value_bytes, **predicted, "size": candidate.size_bytes}
-    return all(known.get(b.quantity, float("inf")) <= b.limit * (1 + 1e-9) for b in plan.budgets)
+    kept = [known[b.quantity] <= b.limit * (1 + 1e-9) if b.quantity in known else None for b in plan.budgets]
+    return False if False in kept else None if None in kept else True
 
 
 def _text(value: float | None, spec: str) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mpq.batches import batches_of, samples_in, tensors_of
-from mpq.cache import fingerprint_of, pieces_in
+from mpq.batches import batches_of, samples_in
+from mpq.cache import description, fingerprint_of, pieces_in
 from mpq.layers import Network
 from mpq.options import SearchSpace
 from mpq.quantizer import Quantizer, RoundToNearest
@@ -76,18 +76,19 @@ def estimate(  # noqa: PLR0917 - the order is public
         estimator = _estimator(method, settings, lambda: automatic(network, space, samples_in(batches), granularity))
         quantizer = quantizer or RoundToNearest()
         options = space.all_options
-        key = [repr(part) for part in (estimator, chosen_task, seed, granularity, quantizer, network, options)]
+        candidates = space.candidates(network)
+        settings_used = (estimator, chosen_task, seed, granularity, quantizer, network.layers, options, candidates)
         measurement = Measurement(
             model=model,
             batches=batches,
             network=network,
             options=options,
-            candidates=space.candidates(network),
+            candidates=candidates,
             granularity=granularity,
             task=chosen_task,
             quantizer=quantizer,
             seed=seed,
-            pieces=pieces_in(cache, _fingerprint(model, batches, key) if cache is not None else ""),
+            pieces=pieces_in(cache, _fingerprint(model, batches, settings_used) if cache is not None else ""),
             progress=progress,
         )
         scores = estimator(measurement)
@@ -127,7 +128,5 @@ def _estimator(method: str | Estimator, settings: dict[str, Any], default: Calla
     return estimator
 
 
-def _fingerprint(model: nn.Module, batches: list[Any], key: list[str]) -> str:
-    weights = [*model.named_parameters(), *model.named_buffers()]
-    data = [(f"batch {i}", tensor) for i, batch in enumerate(batches) for tensor in tensors_of(batch)]
-    return fingerprint_of([*weights, *data], *key)
+def _fingerprint(model: nn.Module, batches: list[Any], settings: tuple[Any, ...]) -> str:
+    return fingerprint_of([], *(description(part) for part in (model, batches, *settings)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from .quantised_weights import QuantisedWeights
 from .unit_sums import sum_over_row_blocks
 
 Labels = Literal["auto", "data", "model"]
+Apply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,10 @@ class OutputFisher:
 
     labels: Labels = "auto"
     keep_bytes: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, got {self.labels!r}")
 
     def __call__(self, measurement: Measurement) -> Scores:
         """Score every candidate option.
@@ -113,7 +119,7 @@ class _Pass:
         layer = self.measurement.network.layers[position]
 
         def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            given = args[0] if args else next(iter(kwargs.values()))
+            given, apply = _as_called(module, args, kwargs)
             given = given.detach().clone() if layer.name in copied else given.detach()
             version = given._version
             if not output.requires_grad:
@@ -123,7 +129,7 @@ class _Pass:
                 if given._version != version:
                     self.changed_in_place.add(layer.name)
                 else:
-                    self._score(position, module, parameter, given, gradient)
+                    self._score(position, apply, parameter, given, gradient)
 
             output.register_hook(score)  # type: ignore[no-untyped-call]
             return output
@@ -131,27 +137,32 @@ class _Pass:
         return remember
 
     @torch.no_grad()
-    def _score(
-        self, position: int, module: nn.Module, parameter: nn.Parameter, given: Tensor, gradient: Tensor
-    ) -> None:
+    def _score(self, position: int, apply: Apply, parameter: nn.Parameter, given: Tensor, gradient: Tensor) -> None:
         measurement = self.measurement
         layer = measurement.network.layers[position]
-        exact = module.forward(given)
+        exact = apply(given)
         units = slice(self.first_unit[position], self.first_unit[position + 1])
         for column, option in enumerate(measurement.options):
             if measurement.is_candidate(layer, option):
-                change = self._output(module, parameter, given, layer, option) - exact
+                change = self._output(apply, parameter, given, layer, option) - exact
                 per_row = _per_sample_rows((gradient.float() * change.float()).square(), layer, self.samples)
                 self.scores[:, units, column] += sum_over_row_blocks(per_row, measurement.granularity).cpu()
 
-    def _output(
-        self, module: nn.Module, parameter: nn.Parameter, given: Tensor, layer: Layer, option: Option
-    ) -> Tensor:
+    def _output(self, apply: Apply, parameter: nn.Parameter, given: Tensor, layer: Layer, option: Option) -> Tensor:
         if option.activation is not None and given.is_floating_point():
             given = quantise_activation(given, option.activation, layer)
         with swapped_data([parameter], self.weights.get(layer, weight_format(option))):
-            output: Tensor = module.forward(given)
-        return output
+            return apply(given)
+
+
+def _as_called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Apply]:
+    """The input that a module was given, and its forward, without hooks, on another input in that place."""
+    if args:
+        rest = args[1:]
+        return args[0], lambda given: module.forward(given, *rest, **kwargs)
+    name = "input" if "input" in kwargs else next(iter(kwargs))
+    others = {key: value for key, value in kwargs.items() if key != name}
+    return kwargs[name], lambda given: module.forward(**{name: given}, **others)
 
 
 def _summed_losses(task: Task, outputs: Outputs, labels: Labels, generator: torch.Generator) -> Tensor:

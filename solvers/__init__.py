@@ -1,5 +1,6 @@
 """Solvers: an `AllocationProblem` in, an `Allocation` with its proof out. One file a method; numpy throughout."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
@@ -28,7 +29,12 @@ class Solver(Protocol):
         """The allocation of a problem."""
 
 
-SOLVERS = {"auto": ILPSolver, "ilp": ILPSolver, "greedy": GreedySolver, "exhaustive": ExhaustiveSolver}
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "auto": ILPSolver,
+    "ilp": ILPSolver,
+    "greedy": GreedySolver,
+    "exhaustive": ExhaustiveSolver,
+}
 
 
 def available() -> list[str]:

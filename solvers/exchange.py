@@ -6,25 +6,26 @@ from mpq.arrays import BoolArray, FloatArray, IntArray
 
 from .reduction import Core
 
-WORK = 2e8  # table entries looked at in search of double moves, about a second
+LOOK = 2e6  # table entries looked at for one double move, about ten milliseconds
+SEARCHES = 100  # times that much in all
 
 
-def improve(core: Core, choice: IntArray) -> IntArray:
+def improve(core: Core, choice: IntArray, look: float = LOOK) -> IntArray:
     """A plan no worse than a feasible one: best single moves first, then double moves, until neither helps.
 
     A double move pays for a change that does not fit with one that makes room. Double moves are tried on cores
-    without couplings, steps and formats. A maximum as objective is left alone. Cost: a pass over the table a single
-    move; candidates × table for a double one, within a fixed amount of work.
+    without couplings, steps and formats, the most wanted changes first, as far as ``look`` table entries go. A maximum
+    as objective is left alone. Cost: a pass over the table a single move, ``look`` entries a double one.
     """
     if core.has_goal:
         return choice
     current, work = choice.copy(), 0.0
     is_plain = not (core.couplings or len(core.steps.limit) or core.counts_formats)
-    while work < WORK:
+    while work < SEARCHES * look:
         delta = _deltas(core, current)
         moves = _best_single(delta, _fitting(core, current, delta))
         if not moves and is_plain:
-            moves, looked = _best_double(core, current, delta)
+            moves, looked = _best_double(core, current, delta, look)
             work += looked
         if not moves:
             break
@@ -46,7 +47,7 @@ def _deltas(core: Core, choice: IntArray) -> FloatArray:
 
 
 def _usage(core: Core, choice: IntArray) -> FloatArray:
-    usage = core.table[1:, np.arange(len(choice)), choice].sum(1)
+    usage: FloatArray = core.table[1:, np.arange(len(choice)), choice].sum(1)
     for pair in core.couplings:
         usage += pair.table[1:, choice[pair.first], choice[pair.second]]
     return usage
@@ -55,7 +56,7 @@ def _usage(core: Core, choice: IntArray) -> FloatArray:
 def _fitting(core: Core, choice: IntArray, delta: FloatArray) -> BoolArray:
     """Single moves that keep every row and need no option that is not in use already (where that matters)."""
     room = core.limits - _usage(core, choice)
-    fits = core.allowed & (delta[1:] <= room[:, None, None]).all(0)
+    fits: BoolArray = core.allowed & np.logical_and.reduce(delta[1:] <= room[:, None, None], axis=0)
     steps = core.steps
     step_room = steps.limit - steps.sums(choice)
     change = steps.value - steps.value[np.arange(len(steps.group)), choice[steps.group]][:, None]
@@ -71,22 +72,21 @@ def _best_single(delta: FloatArray, fits: BoolArray) -> list[tuple[int, int]]:
     return [(group, option)] if gain[group, option] < 0 else []
 
 
-def _best_double(core: Core, choice: IntArray, delta: FloatArray) -> tuple[list[tuple[int, int]], float]:
+def _best_double(core: Core, choice: IntArray, delta: FloatArray, look: float) -> tuple[list[tuple[int, int]], float]:
     """The best pair of moves that falls together, and the number of entries looked at."""
     flat = delta.reshape(len(delta), -1)
     usable = np.flatnonzero(core.allowed.ravel() & (delta != 0).any(0).ravel())
     wanted = usable[flat[0, usable] < 0]
-    count = max(16, int(2e6 // max(1, flat.size)))
+    count = max(1, int(look // max(1, len(flat) * len(usable))))
     wanted = wanted[np.argsort(flat[0, wanted], kind="stable")[:count]]
+    if not len(wanted):
+        return [], float(flat.size)
     options, room = core.allowed.shape[1], core.limits - _usage(core, choice)
-    best, moves = 0.0, list[tuple[int, int]]()
-    for index in wanted.tolist():
-        total = flat[0, usable] + flat[0, index]
-        fits = (flat[1:, usable] + flat[1:, [index]] <= room[:, None]).all(0)
-        fits &= usable // options != index // options
-        total = np.where(fits, total, 0.0)
-        partner = int(total.argmin()) if len(total) else 0
-        if len(total) and total[partner] < best:
-            best = float(total[partner])
-            moves = [divmod(index, options), divmod(int(usable[partner]), options)]
-    return moves, float(len(wanted) * flat.size)
+    total = flat[0, wanted][:, None] + flat[0, usable]
+    fits = (total < 0) & (wanted[:, None] // options != usable // options)
+    for row, limit in zip(flat[1:], room, strict=True):
+        fits &= row[wanted][:, None] + row[usable] <= limit
+    total[~fits] = 0.0
+    first, second = divmod(int(total.argmin()), len(usable))
+    moves = [divmod(int(wanted[first]), options), divmod(int(usable[second]), options)]
+    return (moves if fits[first, second] else []), float(total.size * len(flat))

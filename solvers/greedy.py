@@ -14,6 +14,9 @@ from .features import refuse
 from .reduction import Core, merge
 
 ROUNDS = 32  # weightings of several budgets that are tried
+BRANCHES = 48  # options tried in place of the plan's
+BRANCH_LOOK = 2e5  # table entries looked at for a double exchange in each
+SMALL = 20_000  # groups × options up to which they are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +26,10 @@ class GreedySolver:
     Every layer starts at its best score. The step with the least loss per unit of resource saved is taken, among all
     layers, until the budget holds; a step goes along the convex hull of the layer's (resource, score) points, so that
     it looks ahead past options that are no bargain themselves. Several budgets are weighted into one resource, and the
-    weights moved towards those exceeded. Single and double exchanges then use up what is left.
+    weights moved towards those exceeded. Single and double exchanges then use up what is left. Last, the options that a
+    better plan could contain by the bound are fixed one at a time, the likeliest first, and the rest decided anew.
 
-    The prices found on the way give a lower bound by Lagrangian relaxation; for one budget it is that of the linear
+    The prices found on the way give the bound, by Lagrangian relaxation; for one budget it is that of the linear
     relaxation. "optimal" is only said where bound and objective are equal. Where several budgets admit no plan that
     this rule finds, `ILPSolver` decides.
 
@@ -60,11 +64,12 @@ class GreedySolver:
             found = None if tight is None else descend(tight)
             if tight is None or found is None:
                 break
-            choice = improve(tight, found.choice)
-            bound = core.objective(found.bound)
-            is_optimal = found.bound >= core.value(choice)
-            status = "optimal" if is_optimal else "heuristic"
-            allocation = problem.allocation(core.expand(choice), status=status, bound=bound)
+            choice = _branch(tight, found)
+            allocation = problem.allocation(
+                core.expand(choice),
+                status="optimal" if found.bound >= core.value(choice) else "heuristic",
+                bound=core.objective(found.bound),
+            )
             core = core.refocused(choice)
         if allocation is not None:
             return allocation
@@ -74,10 +79,11 @@ class GreedySolver:
 
 
 class Descent(NamedTuple):
-    """A feasible plan of groups, and a value that no plan is below."""
+    """A feasible plan of groups, a value that no plan is below, and the prices of the budgets that show it."""
 
     choice: IntArray
     bound: float
+    price: FloatArray
 
 
 class _Path(NamedTuple):
@@ -90,35 +96,77 @@ class _Path(NamedTuple):
     slope: FloatArray  # (steps,), score lost per resource saved
 
 
-def descend(core: Core) -> Descent | None:
+def descend(core: Core, price: FloatArray | None = None) -> Descent | None:
     """The best plan of a few weightings of the budgets, or None where none of them meets all budgets.
 
-    Peak budgets, couplings and formats are not looked at. What is returned keeps the budgets by recomputation.
+    Peak budgets, couplings and formats are not looked at, and the bound is one for the table alone; the plan keeps all
+    of them by recomputation. A ``price`` of the budgets that is known to be good saves most of the weightings.
     """
-    score, rows = core.table[0], core.table[1:]
-    floors = core.floors()
-    slack = core.limits - floors.base[1:]
-    binding = (slack > 0) & (np.where(core.allowed, floors.excess[1:], 0).max(2).sum(1) > slack)
+    slack = core.limits - core.floors().base[1:]
+    binding = _binding(core, slack)
     weights = binding / max(1, int(binding.sum()))
-    best, best_value, bound = None, math.inf, -math.inf
-    for _ in range(ROUNDS if binding.sum() > 1 else 1):
+    if price is not None and (price * slack)[binding].any():
+        weights = np.where(binding, price * slack, 0.0) / (price * slack)[binding].sum()
+    best, value, bound, shown = None, math.inf, -math.inf, np.zeros(len(slack))
+    for _ in range(1 if binding.sum() < 2 else ROUNDS if price is None else 2):
         unit = np.divide(weights, slack, out=np.zeros_like(weights), where=binding)
-        path = _hull_path(score, np.tensordot(unit, rows, 1), core.allowed)
+        path = _hull_path(core.table[0], np.tensordot(unit, core.table[1:], 1), core.allowed)
         count, usage = _first_fitting(core, path)
-        price = unit * (path.slope[min(count, len(path.slope)) - 1] if count and len(path.slope) else 0.0)
-        bound = max(bound, _bound(core, price))
-        if count <= len(path.slope):
-            choice = path.start.copy()
-            choice[path.group[:count]] = path.after[:count]
-            value = core.value(choice)
-            if value < best_value and core.is_feasible(choice):
-                best, best_value = choice, value
+        priced = unit * (path.slope[min(count, len(path.slope)) - 1] if count and len(path.slope) else 0.0)
+        if (low := _bound(core, priced)) > bound:
+            bound, shown = low, priced
+        choice = _feasible_prefix(core, path, count)
+        if choice is not None and core.value(choice) < value:
+            best, value = choice, core.value(choice)
         if count == 0 or not binding.any():
             break
         pressure = np.where(binding, (usage - core.limits) / np.where(binding, slack, 1.0), 0.0)
         weights = weights * np.exp(np.clip(4.0 * pressure, -1.0, 1.0))
         weights /= weights.sum()
-    return None if best is None else Descent(best, min(bound, best_value))
+    return None if best is None else Descent(best, min(bound, value), shown)
+
+
+def _branch(core: Core, found: Descent) -> IntArray:
+    """Improve a plan, then fix options that a better one may contain and decide the rest anew.
+
+    An option whose priced score is above its group's least by more than the gap is in no better plan.
+    """
+    best = improve(core, found.choice)
+    priced = core.table[0] + np.tensordot(found.price, core.table[1:], 1)
+    penalty = priced - np.where(core.allowed, priced, np.inf).min(1, keepdims=True)
+    order = np.argsort(np.where(core.allowed, penalty, np.inf), axis=None, kind="stable")
+    options, tried = core.allowed.shape[1], 0
+    for group, option in (divmod(int(index), options) for index in order[: core.allowed.sum()]):
+        if penalty[group, option] >= core.value(best) - found.bound or tried == BRANCHES or penalty.size > SMALL:
+            break
+        if option == best[group]:
+            continue
+        tried += 1
+        others = np.zeros_like(core.allowed)
+        others[group] = np.arange(options) != option
+        branch = core.without(others).tightened(best)
+        plan = None if branch is None else descend(branch, found.price)
+        if branch is not None and plan is not None:
+            choice = improve(branch, plan.choice, BRANCH_LOOK)
+            best = choice if core.value(choice) < core.value(best) else best
+    return best
+
+
+def _binding(core: Core, slack: FloatArray) -> BoolArray:
+    """The budgets that some plan exceeds, (budgets,)."""
+    most = np.where(core.allowed, core.floors().excess[1:], 0.0).max(2).sum(1)
+    binding: BoolArray = (slack > 0) & (most > slack)
+    return binding
+
+
+def _feasible_prefix(core: Core, path: _Path, count: int) -> IntArray | None:
+    """The plan after so many steps, or one more should the sums be off by rounding."""
+    for steps in range(count, min(count + 2, len(path.slope) + 1)):
+        choice = path.start.copy()
+        choice[path.group[:steps]] = path.after[:steps]
+        if core.is_feasible(choice):
+            return choice
+    return None
 
 
 def _hull_path(score: FloatArray, cost: FloatArray, allowed: BoolArray) -> _Path:
@@ -156,7 +204,7 @@ def _first_fitting(core: Core, path: _Path) -> tuple[int, FloatArray]:
     begin = rows[:, np.arange(len(path.start)), path.start].sum(1, keepdims=True)
     change = rows[:, path.group, path.after] - rows[:, path.group, path.before]
     usage = np.concatenate([begin, begin + np.cumsum(change, axis=1)], axis=1)
-    fits = (usage <= core.limits[:, None]).all(0)
+    fits: BoolArray = np.logical_and.reduce(usage <= core.limits[:, None], axis=0)
     count = int(fits.argmax()) if fits.any() else len(fits)
     return count, usage[:, min(count, len(fits) - 1)]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpq.arrays import IntArray
+from mpq.arrays import FloatArray, IntArray
 from mpq.problem import InfeasibleError
 
 from .reduction import Core
@@ -35,65 +35,56 @@ def explain(core: Core, minimise: Minimise) -> IntArray:
     sentences = []
     for name, budget in budgets.items():
         others = [other for other in budgets if other != name]
+        where = " with the other budgets in force" if others else ""
         choice, is_proved = minimise(aimed_at(core, name, others))
-        where = "with the other budgets in force" if others else ""
         if choice is not None and problem.is_feasible(core.expand(choice)):
             return choice
         if choice is None and is_proved:
+            where = " on its own, the other budgets conflict already"
             choice, is_proved = minimise(aimed_at(core, name, []))
-            where = "on its own (the other budgets already conflict)"
         if choice is None:
             continue
         reachable[name] = problem.evaluate(core.expand(choice))[1][name]
-        found = "cannot get below" if is_proved else "was not brought below (time limit)"
-        within = " (within its budget)" if reachable[name] <= budget else ""
-        sentences.append(
-            f"{name} {found} {reachable[name]:.9g} {where}, budget {budget:.9g}{within}".replace(" ,", ",")
-        )
-    if not sentences and core.max_formats is not None:
+        doubt = "" if is_proved else ", perhaps less: the time limit was reached"
+        sentences.append(f"{name} {reachable[name]:.9g}{where} (budget {budget:.9g}{doubt})")
+    if core.max_formats is not None and not reachable:
         raise InfeasibleError(_formats_message(core, minimise), {}, budgets)
-    message = "no plan meets all budgets: " + "; ".join(sentences) + _ties_message(core, reachable)
-    raise InfeasibleError(message, reachable, budgets)
+    message = f"no plan meets all budgets. The smallest that can be reached: {'; '.join(sentences)}"
+    raise InfeasibleError(message + _ties_message(core, reachable), reachable, budgets)
 
 
 def aimed_at(core: Core, name: str, kept: Collection[str]) -> Core:
     """The core whose objective is the usage of one budget, under the budgets that are kept."""
     rows = [row for row, other in enumerate(core.names) if other in kept]
-    head = core.names.index(name) if name in core.names else None
-    picked = [0 if head is None else head + 1, *(row + 1 for row in rows)]
-    steps = np.array(core.steps.names, dtype=object)
-    limited = np.isin(steps, list(kept)) & ~core.steps.goal if len(steps) else core.steps.goal
-    goal = (steps == name) & (head is None) & ~core.steps.goal if len(steps) else core.steps.goal
+    is_sum = name in core.names
+    picked = [core.names.index(name) + 1 if is_sum else 0, *(row + 1 for row in rows)]
 
-    def chosen(table: np.ndarray) -> np.ndarray:
+    def aimed(table: FloatArray) -> FloatArray:
         part = table[picked]
-        if head is None:
+        if not is_sum:
             part[0] = 0.0
         return part
 
+    limited = np.array([other in kept for other in core.steps.names], dtype=bool) & ~core.steps.goal
+    goal = np.array([other == name for other in core.steps.names], dtype=bool) & ~core.steps.goal
     return replace(
         core,
-        table=chosen(core.table),
+        table=aimed(core.table),
         limits=core.limits[rows],
         names=tuple(core.names[row] for row in rows),
-        couplings=tuple(replace(pair, table=chosen(pair.table)) for pair in core.couplings),
+        couplings=tuple(replace(pair, table=aimed(pair.table)) for pair in core.couplings),
         steps=replace(core.steps, limit=np.where(limited, core.steps.limit, np.inf), goal=goal),
         format_costs=None,
     )
 
 
 def _formats_message(core: Core, minimise: Minimise) -> str:
-    table = np.zeros((1, *core.allowed.shape))
-    steps = replace(
-        core.steps, limit=np.full(len(core.steps.limit), np.inf), goal=np.zeros(len(core.steps.limit), bool)
-    )
-    free = replace(
-        core, table=table, limits=np.zeros(0), names=(), couplings=(), steps=steps, max_formats=None,
-        format_costs=np.ones(core.allowed.shape[1]),
-    )  # fmt: skip
-    choice, _ = minimise(free)
-    least = "more" if choice is None else str(len(np.unique(choice)))
-    return f"max_formats={core.max_formats} cannot be kept: the allowed options of the layers need {least} formats"
+    """How many formats the options that the layers allow need."""
+    unlimited = aimed_at(core, "", [])
+    ones = np.ones(core.allowed.shape[1])
+    choice, _ = minimise(replace(unlimited, max_formats=None, format_costs=ones))
+    needed = "more" if choice is None else str(len(np.unique(choice)))
+    return f"max_formats={core.max_formats} cannot be kept: the options that the layers allow need {needed}"
 
 
 def _ties_message(core: Core, reachable: dict[str, float]) -> str:
@@ -104,8 +95,7 @@ def _ties_message(core: Core, reachable: dict[str, float]) -> str:
             continue
         table = np.where(problem.allowed, problem.resources[name], np.inf)
         free = table.min(1)
-        alone = float(free.sum()) + problem.offsets.get(name, 0.0)
-        if not alone <= budget < reachable[name]:
+        if not float(free.sum()) + problem.offsets.get(name, 0.0) <= budget < reachable[name]:
             continue
         for tie in problem.ties:
             members = list(tie)

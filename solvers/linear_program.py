@@ -9,7 +9,8 @@ import numpy as np
 
 from mpq.arrays import BoolArray, FloatArray, IntArray
 
-from .reduction import Core
+from .cover_cut import Cut
+from .reduction import Core, Floors
 
 SCALE = 1e4  # of rows and objective: the codes' tolerances are absolute
 ROOM = 1e-9  # relative widening of a row, beyond those tolerances: no plan is lost, and plans found are checked
@@ -22,13 +23,6 @@ class Row(NamedTuple):
     values: FloatArray
     rhs: float
     is_equality: bool
-
-
-class Cut(NamedTuple):
-    """At most ``count`` of the marked options of a ``(groups, options)`` mask."""
-
-    members: BoolArray
-    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +78,8 @@ class LinearProgram:
     def choice(self, values: FloatArray, core: Core) -> IntArray:
         """The options with the largest values; of decided groups the only one."""
         weight = np.where(self.column >= 0, values[self.column], np.where(core.allowed, 0.5, -1.0))
-        return np.where(core.allowed, weight, -1.0).argmax(1).astype(np.int64)
+        choice: IntArray = np.where(core.allowed, weight, -1.0).argmax(1).astype(np.int64)
+        return choice
 
 
 class _Draft:
@@ -129,17 +124,18 @@ def linear_program(core: Core, scale: float, cuts: Sequence[Cut] = (), *, room: 
     column = _option_columns(draft, core, scale)
     products = [_product_columns(draft, core, pair, column, scale) for pair in range(len(core.couplings))]
     slack, step_slack = core.slack(floors, None)
-    for row in range(len(core.limits)):
-        _budget_row(draft, core, row + 1, column, products, float(slack[row + 1]))
-    _step_rows(draft, core, column, floors.step_excess, step_slack)
+    for row in range(1, len(slack)):
+        columns, values, most = _row_terms(core, row, column, products)
+        _limit(draft, columns, values, float(slack[row]), most)
+    _step_rows(draft, core, column, floors, step_slack)
     if core.has_goal:
-        _maximum(draft, core, column, floors.step_base, floors.step_excess, scale)
+        _maximum(draft, core, column, floors, scale)
     if core.counts_formats:
         _formats(draft, core, column, scale)
     for cut in cuts:
         columns = column[cut.members & (column >= 0)]
         decided = int((cut.members & (column < 0) & core.allowed).sum())
-        draft.add_row(columns, np.ones(len(columns)), cut.count - decided)
+        draft.add_row(columns, np.ones(len(columns)), cut.most - decided)
     return LinearProgram(
         names=tuple(draft.names),
         cost=np.array(draft.cost),
@@ -182,17 +178,18 @@ def _product_columns(draft: _Draft, core: Core, index: int, column: IntArray, sc
     return columns
 
 
-def _budget_row(draft: _Draft, core: Core, row: int, column: IntArray, products: list[IntArray], slack: float) -> None:
+def _row_terms(core: Core, row: int, column: IntArray, products: list[IntArray]) -> tuple[IntArray, FloatArray, float]:
+    """Columns and values of a budget above its least, and the most they can add up to."""
     excess = np.where(core.allowed, core.table[row], np.inf)
     excess -= excess.min(1, keepdims=True)
     parts, most = [(column, excess)], float(np.where(core.allowed, excess, 0.0).max(1).sum())
     for at, pair in zip(products, core.couplings, strict=True):
         terms = np.where(at >= 0, pair.table[row], np.inf)
         parts.append((at, terms - terms.min()))
-        most += float((pair.table[row][at >= 0]).max() - terms.min())
+        most += float(pair.table[row][at >= 0].max() - terms.min())
     columns = [at[(at >= 0) & (terms > 0)] for at, terms in parts]
     values = [terms[(at >= 0) & (terms > 0)] for at, terms in parts]
-    _limit(draft, np.concatenate(columns), np.concatenate(values), slack, most)
+    return np.concatenate(columns), np.concatenate(values), most
 
 
 def _limit(draft: _Draft, columns: IntArray, values: FloatArray, slack: float, most: float) -> None:
@@ -202,16 +199,31 @@ def _limit(draft: _Draft, columns: IntArray, values: FloatArray, slack: float, m
         draft.add_row(columns, values * unit, slack * unit + draft.room * SCALE)
 
 
-def _step_rows(draft: _Draft, core: Core, column: IntArray, excess: FloatArray, slack: FloatArray) -> None:
-    steps = core.steps
-    taken = column[steps.group] >= 0
-    most = np.where(taken, excess, 0.0).max(1, initial=0.0)
-    total = np.bincount(steps.row, weights=most, minlength=len(slack))
+def _step_rows(draft: _Draft, core: Core, column: IntArray, floors: Floors, slack: FloatArray) -> None:
+    most = _most(core, column, floors)
     members = _blocks_by_row(core)
-    for row in np.flatnonzero((total > slack) & ~steps.goal).tolist():
-        blocks = members[row]
-        mask = taken[blocks] & (excess[blocks] > 0)
-        _limit(draft, column[steps.group[blocks]][mask], excess[blocks][mask], float(slack[row]), float(total[row]))
+    for row in np.flatnonzero((most > slack) & ~core.steps.goal).tolist():
+        columns, values = _block_terms(core, column, floors, members[row])
+        _limit(draft, columns, values, float(slack[row]), float(most[row]))
+
+
+def _maximum(draft: _Draft, core: Core, column: IntArray, floors: Floors, scale: float) -> None:
+    """Column t ≥ every goal row, counted from the largest of their floors."""
+    goal, base = core.steps.goal, floors.step_base
+    floor, most = float(base[goal].max()), base + _most(core, column, floors)
+    top = scale * (float(most[goal].max()) - floor)
+    t = draft.add_columns(["t"], np.ones(1), upper=1.001 * top, integer=False, simplex=False)
+    members = _blocks_by_row(core)
+    for row in np.flatnonzero(goal & (most > floor)).tolist():
+        columns, values = _block_terms(core, column, floors, members[row])
+        draft.add_row(np.append(columns, t), np.append(scale * values, -1.0), scale * (floor - float(base[row])))
+
+
+def _most(core: Core, column: IntArray, floors: Floors) -> FloatArray:
+    """How far every step row can rise above its least, (rows,)."""
+    rise = np.where(column[core.steps.group] >= 0, floors.step_excess, 0.0).max(1, initial=0.0)
+    total: FloatArray = np.bincount(core.steps.row, weights=rise, minlength=len(core.steps.limit)).astype(np.float64)
+    return total
 
 
 def _blocks_by_row(core: Core) -> list[IntArray]:
@@ -219,19 +231,10 @@ def _blocks_by_row(core: Core) -> list[IntArray]:
     return np.split(order, np.searchsorted(core.steps.row[order], np.arange(1, len(core.steps.limit))))
 
 
-def _maximum(draft: _Draft, core: Core, column: IntArray, base: FloatArray, excess: FloatArray, scale: float) -> None:
-    """Column t ≥ every goal row, counted from the largest of their floors."""
-    steps, floor = core.steps, float(base[core.steps.goal].max())
-    taken = column[steps.group] >= 0
-    most = base + np.bincount(steps.row, weights=np.where(taken, excess, 0.0).max(1, initial=0.0), minlength=len(base))
-    top = float(most[steps.goal].max()) - floor
-    t = draft.add_columns(["t"], np.ones(1), upper=1.001 * scale * top, integer=False, simplex=False)
-    members = _blocks_by_row(core)
-    for row in np.flatnonzero(steps.goal & (most > floor)).tolist():
-        blocks = members[row]
-        mask = taken[blocks] & (excess[blocks] > 0)
-        columns = np.append(column[steps.group[blocks]][mask], t)
-        draft.add_row(columns, np.append(scale * excess[blocks][mask], -1.0), scale * (floor - float(base[row])))
+def _block_terms(core: Core, column: IntArray, floors: Floors, blocks: IntArray) -> tuple[IntArray, FloatArray]:
+    columns, excess = column[core.steps.group[blocks]], floors.step_excess[blocks]
+    taken = (columns >= 0) & (excess > 0)
+    return columns[taken], excess[taken]
 
 
 def _formats(draft: _Draft, core: Core, column: IntArray, scale: float) -> None:

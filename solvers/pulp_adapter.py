@@ -1,6 +1,7 @@
 """The one place that talks to PuLP, 3.3.1 to 4.x: a program in, an answer whose status means what it says out."""
 
 import inspect
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ PREFERRED = ("CBC", "HiGHS")
 # CBC 2.10's preprocessing strengthens rows wrongly: on rows whose terms nearly fill the budget it calls worse plans
 # optimal, or feasible programs infeasible. Off, with tolerances below the distances that matter, none of that was seen.
 CBC_OPTIONS = ("preprocess off", "integerTolerance 1e-9", "primalTolerance 1e-9")
+HIGHS_OPTIONS = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
+
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class Answer:
         duals: prices of ``program.rows``, for relaxations.
     """
 
-    status: Literal["optimal", "feasible", "infeasible", "unknown"]
+    status: Status
     values: FloatArray | None
     duals: FloatArray | None
 
@@ -60,14 +64,7 @@ def run(program: LinearProgram, *, backend: str, time_limit: float, gap: float =
     for number, row in enumerate((*program.one_hot, *program.rows)):
         terms = expression([(columns[j], v) for j, v in zip(row.columns.tolist(), row.values.tolist(), strict=True)])
         model += _related(terms, row), f"r{number}"
-    solver = _solver(pulp, backend, time_limit=time_limit, gap=gap, relaxed=relaxed)
-    try:
-        status = _status(model, model.solve(solver))
-    except pulp.PulpSolverError:
-        if not getattr(solver, "options", None):
-            raise
-        solver.options = []  # without preprocessing, CBC can crash on programs that it finds infeasible
-        status = _status(model, model.solve(solver))
+    status = _solved(pulp, model, backend, time_limit=time_limit, gap=gap, relaxed=relaxed)
     values = duals = None
     if status in ("optimal", "feasible"):
         values = np.array([column.varValue or 0.0 for column in columns])
@@ -91,7 +88,7 @@ def _related(terms: Any, row: Row) -> Any:
     return terms == row.rhs if row.is_equality else terms <= row.rhs
 
 
-def _status(model: Any, solved: Any) -> Literal["optimal", "feasible", "infeasible", "unknown"]:
+def _status(model: Any, solved: Any) -> Status:
     """PuLP 3 keeps the truth in ``sol_status`` (``status`` calls a plan at the time limit optimal), PuLP 4 returns it.
 
     A gap limit is reached only where a gap was asked for.
@@ -113,19 +110,34 @@ def _cbc(pulp: Any, **settings: Any) -> Any:
     return pulp.COIN_CMD(path=path, msg=False, **settings)
 
 
-def _solver(pulp: Any, backend: str, *, time_limit: float, gap: float, relaxed: bool) -> Any:
+def _solved(pulp: Any, model: Any, backend: str, *, time_limit: float, gap: float, relaxed: bool) -> Status:
+    """Solve with tight settings; once more with the code's own where it gives up on those before the time is over."""
+    start = time.monotonic()
+    for is_tight in (True, False):
+        left = max(time_limit - (time.monotonic() - start), 0.01)
+        wanted = {"mip": not relaxed, "timeLimit": left, "gapAbs": gap, "gapRel": 0.0, "threads": 1}
+        try:
+            status = _status(model, model.solve(_solver(pulp, backend, wanted, is_tight=is_tight)))
+        except pulp.PulpSolverError:  # CBC without preprocessing can crash on what it finds infeasible
+            if not is_tight:
+                raise
+            continue
+        if status != "unknown" or time.monotonic() - start > 0.9 * time_limit:
+            break
+    return status
+
+
+def _solver(pulp: Any, backend: str, wanted: dict[str, float], *, is_tight: bool) -> Any:
     names = available()
     if not names:
         raise ValueError("PuLP finds no solver: install one, for example with `pip install highspy`")
     name = names[0] if backend == "auto" else backend
     if name not in names:
         raise ValueError(f"backend must be a solver PuLP finds here, got {backend!r}{did_you_mean(backend, names)}")
-    wanted = {"mip": not relaxed, "timeLimit": max(time_limit, 0.01), "gapAbs": gap, "gapRel": 0.0, "threads": 1}
     if name == "CBC":
-        return _cbc(pulp, **wanted, options=list(CBC_OPTIONS))
+        return _cbc(pulp, **wanted, options=list(CBC_OPTIONS) if is_tight else None)
     if name == "HiGHS":
-        tight = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
-        return pulp.HiGHS(msg=False, **wanted, **tight)
+        return pulp.HiGHS(msg=False, **wanted, **(HIGHS_OPTIONS if is_tight else {}))
     kind = type(pulp.getSolver(name, msg=False))
     taken = inspect.signature(kind.__init__).parameters
     return kind(msg=False, **{key: value for key, value in wanted.items() if key in taken})

@@ -40,7 +40,11 @@ class StepRows:
     def sums(self, choice: IntArray) -> FloatArray:
         """Sum of every row, (rows,)."""
         taken = self.value[np.arange(len(self.group)), choice[self.group]]
-        return np.bincount(self.row, weights=taken, minlength=len(self.limit))
+        return _row_sums(self.row, taken, len(self.limit))
+
+
+def _row_sums(row: IntArray, value: FloatArray, rows: int) -> FloatArray:
+    return np.bincount(row, weights=value, minlength=rows).astype(np.float64)
 
 
 class Floors(NamedTuple):
@@ -133,8 +137,7 @@ class Core:
         low = np.where(allowed, steps.value, np.inf).min(1, initial=np.inf)
         size = np.abs(np.where(allowed, steps.value, 0)).max(1, initial=0)
         rows = len(steps.limit)
-        step_base = np.bincount(steps.row, weights=low, minlength=rows)
-        step_magnitude = np.bincount(steps.row, weights=size, minlength=rows)
+        step_base, step_magnitude = _row_sums(steps.row, low, rows), _row_sums(steps.row, size, rows)
         return Floors(base, excess, step_base, steps.value - low[:, None], magnitude, step_magnitude)
 
     def slack(self, floors: Floors, best: IntArray | None) -> tuple[FloatArray, FloatArray]:
@@ -167,11 +170,11 @@ class Core:
 
     def objective(self, value: float) -> float:
         """Objective of the problem for a value (or a bound on values) of this core."""
-        norm = self.problem.norm
+        norm = float(self.problem.norm)
         if norm == 1:
             return value
         if norm < math.inf:
-            return self.reference * max(value, 0.0) ** (1 / norm)
+            return self.reference * float(max(value, 0.0) ** (1 / norm))
         levels = np.unique(self.problem.objective)
         return float(levels[min(max(math.ceil(value - 1e-6), 0), len(levels) - 1)])
 
@@ -214,7 +217,7 @@ class Core:
             slack, step_slack = core.slack(floors, best)
             if (slack < 0).any() or (step_slack < 0).any():
                 return None
-            drop = (floors.excess > slack[:, None, None]).any(0)
+            drop: BoolArray = np.logical_or.reduce(floors.excess > slack[:, None, None], axis=0)
             np.logical_or.at(drop, core.steps.group, floors.step_excess > step_slack[core.steps.row][:, None])
             drop &= core.allowed
             if not drop.any():
@@ -233,10 +236,9 @@ def _dominated(core: Core) -> BoolArray:
     for pair in core.couplings:
         free[[pair.first, pair.second]] = False
     for better in range(options):
-        beats = (core.table[:, :, [better]] <= core.table).all(0)
-        step_beats = core.steps.value[:, [better]] <= core.steps.value
-        np.logical_and.at(beats, core.steps.group, step_beats)
-        equal = (core.table[:, :, [better]] == core.table).all(0)
+        beats: BoolArray = np.logical_and.reduce(core.table[:, :, [better]] <= core.table, axis=0)
+        np.logical_and.at(beats, core.steps.group, core.steps.value[:, [better]] <= core.steps.value)
+        equal: BoolArray = np.logical_and.reduce(core.table[:, :, [better]] == core.table, axis=0)
         np.logical_and.at(equal, core.steps.group, core.steps.value[:, [better]] == core.steps.value)
         beats &= ~equal | (np.arange(options) > better)
         worse |= beats & core.allowed[:, [better]]

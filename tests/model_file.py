@@ -14,3 +14,23 @@ def wrong():
 
 def empty():
     return cnn(), []
+
+
+def unheld():
+    return cnn(), images(batches=2, samples=8)
+
+
+def failing():
+    raise RuntimeError("no checkpoint")
+
+
+def no_model():
+    return "model", images()
+
+
+def no_holdout():
+    return cnn(), images(), None, []
+
+
+def other_holdout():
+    return cnn(), images(), None, [images()[0][0].expand(-1, 2, -1, -1)]

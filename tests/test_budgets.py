@@ -12,6 +12,7 @@ from mpq.tables import CostTable
     ("quantity", "text", "measure", "kind", "value"),
     [
         ("size", 1.2e6, "B", "absolute", 1.2e6),
+        ("size", np.int64(500), "B", "absolute", 500.0),
         ("size", "18%", "B", "fraction", 0.18),
         ("size", "4.5 bits", "B", "bits", 4.5),
         ("size", "4 bits values", "B", "value bits", 4.0),

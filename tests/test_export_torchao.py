@@ -48,6 +48,7 @@ def test_tied_weights_are_exported_under_every_module():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ("int4@mse", "largest magnitude"),
         ("nf4", "torchao cannot hold nf4"),
         ("uint4", "torchao cannot hold uint4"),
         ("int12", "torchao cannot hold int12"),

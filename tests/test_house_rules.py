@@ -24,8 +24,8 @@ FOLDERS = ("mpq", *PLUGINS)
 VERBS = r"__init__|__main__|pipeline|planning|verification|export(ing|_.*)|reporting|inspection|model_source|terminal"
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
-    *("batches", "binary_coding", "dataflow", "demo", "demo_training", "fake_quantize", "gguf_blocks", "grids"),
-    *("parameters", "quantizer", "rounding", "surgery", "task_choice", "tasks", "tracing", "verification"),
+    *("batches", "binary_coding", "cache", "dataflow", "demo", "demo_training", "fake_quantize", "gguf_blocks"),
+    *("grids", "parameters", "quantizer", "rounding", "surgery", "task_choice", "tasks", "tracing", "verification"),
     "weight_view",
 }
 HEAVY = {"torch", "pulp", "optuna", "pandas", "matplotlib", "plotly", "scipy", "rich", "pyarrow"}

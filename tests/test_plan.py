@@ -175,3 +175,8 @@ def test_plans_need_units_that_fit_their_layer(tmp_path):
 
 def test_layers_view_of_a_network_is_what_units_use():
     assert len(Network((LAYERS[1],)).units("rows:4")) == 2
+
+
+def test_uniform_plans_leave_pinned_layers_alone():
+    pinned = plan(provenance={"candidates": {"conv": ["int4/int8"], "fc": ["int2", "int8"]}})
+    assert uniform_plan(pinned, Option("int2")).options == {"conv": "int4/int8", "fc": "int2"}

@@ -218,3 +218,79 @@ def test_large_tables_solve_without_the_model(tmp_path):
     plan.table.save(tmp_path / "table.parquet")
     loaded = mpq.CostTable.load(tmp_path / "table.parquet")
     assert loaded.solve({"size": "5 bits"}).options == plan.options
+
+
+def test_data_is_read_once():
+    assert search(data=(batch for batch in images())).options == search().options
+    loader = CountingLoader()
+    search(data=loader)
+    assert loader.reads == 1
+
+
+class CountingLoader:
+    """Iterable like a DataLoader; counts how often."""
+
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return iter(images())
+
+
+@pytest.mark.parametrize("late", [{"holdout": []}, {"solver": "ilpp"}])
+def test_what_is_used_last_is_checked_before_anything_is_measured(late, monkeypatch):
+    import mpq.sensitivity.kl as kl
+
+    monkeypatch.setattr(kl, "_row", lambda *args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"holdout|solver"):
+        search(**late)
+
+
+def test_pins_by_pattern_name_the_layers_they_set():
+    again = search().table.solve({"size": "6 bits"}, pins={"d*": "int2"})
+    assert again.edited == ("depthwise",)
+    assert again.pins() == {"depthwise": "int2"}
+    assert "price_of_pins" not in again.with_options({"head": "int8"}).provenance
+
+
+def test_a_target_whose_rows_are_in_another_order_is_refused():
+    class Reversed:
+        def costs(self, *args, **settings):
+            frame = mpq.hardware_models.storage().costs(*args, **settings)
+            backwards = frame.iloc[::-1]
+            backwards.attrs = frame.attrs
+            return backwards
+
+    with pytest.raises(ValueError, match="must price every .layer, option. in order"):
+        search(hardware=Reversed())
+
+
+def test_refused_options_need_no_index():
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 16)).eval(), [torch.randn(4, 16)]
+    options = ["int4/int8", "int8/int8"]  # the first has no kernel there
+    settings = {"granularity": "rows:2", "sensitivity": "weight_error", "budgets": {"size": "100%"}}
+    plan = search(model, data, options=options, hardware="x86-amx", **settings)
+    assert plan.predicted["size"] == plan.size_bytes
+
+
+def test_a_plan_from_disk_is_verified_by_what_it_predicted(tmp_path):
+    plan = search(options=["int4/int8", "int8/int8"], budgets={"bops": "20%"})
+    plan.save(tmp_path / "plan.json")
+    report = mpq.verify(cnn(), images(), mpq.Plan.load(tmp_path / "plan.json"))
+    assert report.plan.fits is True
+    assert report.plan.predicted == plan.predicted["sensitivity"]
+    assert [row.fits for row in report.rows if row.name.startswith("uniform")] == [None, None]
+    assert "over budget" not in str(report)
+    assert "not known without the table" in report.verdict
+
+
+def test_a_verdict_needs_a_kept_budget_and_more_than_one_sample():
+    plan = search()
+    assert "One sample" in mpq.verify(cnn(), images(batches=1, samples=1), plan).verdict
+    assert "does not keep its budgets" in mpq.verify(cnn(), images(), plan.with_options({"*": "int8"})).verdict
+
+
+def test_an_increase_of_the_users_loss_is_not_called_kl():
+    report = mpq.verify(cnn(), images(), search(), task=lambda model, batch: model(batch[0]).square().mean(1))
+    assert set(report.measured) == {"loss added", "loss added_se", "loss"}

@@ -1,6 +1,11 @@
 """Measured KL against a copy of the model with one quantised layer; weight error against plain sums."""
 
 import copy
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from small_models import cnn, decoder, images, tokens
 
 import mpq
 from mpq.batches import split_batch
+from mpq.cache import description
 from mpq.fake_quantize import fake_quantize
 from mpq.options import SearchSpace
 
@@ -123,3 +129,50 @@ def test_automatic_measures_small_models_and_estimates_large_ones(monkeypatch):
     assert automatic(network, space, 6) == OutputFisher()
     experts = mpq.trace(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8))
     assert automatic(experts, space, 6) == KL()
+
+
+def test_finished_pieces_are_not_reused_for_other_candidates_or_another_loss(tmp_path):
+    model, data = cnn(), images()
+    estimate(model, data, {"*": ["int4", "int8"], "head": ["int8"]}, cache=tmp_path)
+    again, _ = estimate(model, data, ["int4", "int8"], cache=tmp_path)
+    assert again["sensitivity"].notna().all()
+
+    def scores(factor):
+        def loss(model, batch):
+            return factor * torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+        return estimate(model, data, ["int2"], task=loss, cache=tmp_path)[0]["sensitivity"]
+
+    np.testing.assert_allclose(scores(2.0), 2 * scores(1.0), rtol=1e-5)
+    folders = len(list(tmp_path.iterdir()))
+    scores(2.0)
+    assert len(list(tmp_path.iterdir())) == folders
+
+
+def test_what_only_its_address_tells_apart_is_not_cached(tmp_path):
+    class Rounder:
+        def __call__(self, rows, fmt, layer):
+            return fake_quantize(rows, fmt)
+
+    with pytest.raises(ValueError, match="only its address tells from others"):
+        estimate(cnn(), images(), ["int4"], quantizer=Rounder(), cache=tmp_path)
+
+
+def test_descriptions_hold_every_number_and_are_the_same_in_every_process():
+    @dataclass(frozen=True)
+    class Database:
+        weights: dict[str, torch.Tensor]
+
+    long = torch.zeros(10**4)
+    other = long.clone()
+    other[5000] = 1  # where a repr shows dots
+    assert description(Database({"a": long})) != description(Database({"a": other}))
+    assert description(partial(torch.nn.functional.relu, inplace=True)) != description(torch.nn.functional.relu)
+    code = "from mpq.cache import description as d; print(d({'f': lambda x, y=2: {'a', 'b', 'c'} | {x}}))"
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1

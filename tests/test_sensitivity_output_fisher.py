@@ -207,3 +207,31 @@ def test_scores_of_features_estimate_the_relative_squared_error():
     )
     assert frame.attrs["measure"] == measured.attrs["measure"] == "score"
     assert frame["sensitivity"].iloc[0] == pytest.approx(measured["sensitivity"].iloc[0], rel=1e-3)
+
+
+def test_arguments_beside_the_input_reach_the_module():
+    class Resizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+            self.up = nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return self.up(output_size=x.shape[-2:], input=self.down(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, data = Resizes().eval(), [(torch.randn(1, 1, 6, 6), torch.tensor([2]))]
+    frame, _ = estimate(model, data, SearchSpace(["int2"]), labels="data")
+    with torch.no_grad():
+        hidden, logits = model.down(data[0][0]), model(data[0][0]).requires_grad_()
+        change = -model.up(hidden, output_size=(6, 6))
+        model.up.weight.copy_(fake_quantize(model.up.weight, "int2", axis=1))
+        change += model.up(hidden, output_size=(6, 6))
+    functional.cross_entropy(logits, data[0][1]).backward()
+    expected = 0.5 * (logits.grad[:, :, None, None] / 36 * change).square().sum()
+    assert frame.loc[("up", "int2"), "sensitivity"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_unknown_labels_are_named():
+    with pytest.raises(ValueError, match="labels must be one of auto, data, model, got 'modle'"):
+        estimate(cnn(), images(), SearchSpace(["int4"]), labels="modle")

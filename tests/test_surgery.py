@@ -188,3 +188,9 @@ def test_rows_of_a_grouped_transposed_convolution_are_its_output_channels():
             conv.weight.data = from_rows(changed, layer)
             moved = (conv(x) - before).abs().amax((0, 2, 3)) > 0
             assert moved.nonzero().flatten().tolist() == [channel]
+
+
+def test_a_weight_of_the_same_size_and_another_shape_is_refused():
+    plan = plan_for(mpq.trace(nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 8)), {})
+    with pytest.raises(ValueError, match="'0'.*another model"), mpq.quantized(nn.Sequential(nn.Linear(6, 8)), plan):
+        pass

@@ -253,3 +253,48 @@ def test_a_million_units_are_arrays(tmp_path):
 
 def test_reachable_totals_include_what_no_option_touches():
     assert table().reachable("size") == (72.0, 132.0)
+
+
+def test_totals_follow_the_aggregate():
+    other = table(
+        quantities={"stage": [[3.0, 5.0], [4.0, 1.0]], "peak": [[10.0, 20.0], [30.0, 40.0]]},
+        aggregates={"stage": "max", "peak": "peak"},
+        alive={"peak": [(0, 0), (1, 0), (1, 1), (2, 1)]},
+    )
+    assert other.reachable("stage") == (3.0, 5.0)
+    assert other.reachable("peak") == (40.0, 60.0)
+    assert other.problem({"stage": "50%"}, objective="peak").peak_budgets == {"stage": 2.5}
+
+
+def test_weights_are_whole_numbers_and_aggregates_have_a_name():
+    with pytest.raises(ValueError, match="parameters must hold whole numbers"):
+        table(parameters=[100.5, 20])
+    with pytest.raises(ValueError, match="aggregate of 'size' must be one of sum, max, peak, got 'mean'"):
+        table(aggregates={"size": "mean"})
+
+
+def test_a_later_pin_overrides_an_earlier_one_and_may_be_an_option():
+    from mpq.options import Option
+
+    problem = table(ties=()).problem({}, pins={"*": "int8", "b": Option("int4")})
+    assert problem.allowed.tolist() == [[False, True], [True, False]]
+
+
+def test_a_csv_whose_rows_were_moved_is_refused_where_positions_count(tmp_path):
+    path = tmp_path / "table.csv"
+    table().save(path)
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *rows[2:], *rows[:2]]) + "\n")
+    with pytest.raises(ValueError, match="in the order mpq wrote them"):
+        CostTable.load(path)
+    path.with_suffix(".json").unlink()
+    assert list(CostTable.load(path).units) == ["b", "a"]
+
+
+def test_a_csv_does_not_overwrite_somebody_elses_json(tmp_path):
+    (tmp_path / "run.json").write_text('{"schema_version": 1}')
+    with pytest.raises(ValueError, match=r"run\.json.*describes no table"):
+        table().save(tmp_path / "run.csv")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    table().save(tmp_path / "other.csv")
+    table().save(tmp_path / "other.csv")

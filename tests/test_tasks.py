@@ -1,6 +1,7 @@
 """Tasks: losses, masks, shifts and distances against plain loops; what data and outputs suggest."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from small_models import SmallDecoder, cnn, decoder, images, tokens
 from torch import nn
 from torch.nn import functional
 
-from mpq.batches import batch_size, batches_of, split_batch
+from mpq.batches import batch_size, batches_of, model_inputs, split_batch, takes_labels
 from mpq.task_choice import choose_task
 from mpq.tasks import CustomLoss, Distribution, Features, Outputs
 
@@ -147,3 +148,74 @@ def test_batches_in_every_form():
     assert [batch_size(batch) for batch in batches_of(loader)] == [2, 2, 1]
     with pytest.raises(ValueError, match="got 3 parts"):
         split_batch((x, y, y))
+
+
+class GivesLogits(nn.Module):
+    def forward(self, x):
+        return {"logits": x}
+
+
+def test_where_the_classes_are_does_not_depend_on_a_length_that_equals_their_number():
+    logits, labels = torch.randn(2, 5, 5), torch.randint(0, 5, (2, 5))
+    outputs = Distribution().run(GivesLogits(), {"x": logits, "labels": labels})
+    assert torch.equal(outputs.values, logits)
+
+
+def test_unlabelled_maps_are_features_and_as_distributions_have_their_classes_second():
+    maps = torch.randn(2, 5, 3, 4)
+    assert choose_task(nn.Identity(), maps) == Features()
+    assert torch.equal(Distribution().run(nn.Identity(), maps).values, maps.movedim(1, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_half_precision_models_are_not_rounded_to_half_precision(dtype):
+    logits, labels = torch.randn(64, 9).to(dtype), torch.randint(0, 9, (64,))
+    losses = Distribution().losses(Distribution().run(nn.Identity(), (logits, labels)))
+    torch.testing.assert_close(losses, functional.cross_entropy(logits.float(), labels, reduction="none"))
+    large = (1e3 * torch.ones(1, 10**4)).half()
+    assert Features().sampled_losses(Outputs(large), torch.Generator().manual_seed(0)).isfinite().all()
+
+
+def test_ruled_out_classes_and_padding_without_numbers_do_not_spoil_a_divergence():
+    p, q = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    expected = Distribution().divergence(Outputs(p[..., :3]), Outputs(q[..., :3]))
+    p[..., 3] = q[..., 3] = -math.inf
+    torch.testing.assert_close(Distribution().divergence(Outputs(p), Outputs(q)), expected)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]]).bool()
+    p[1, 0] = math.nan
+    for task in (Distribution(), Features()):
+        values = (p[..., :3], q[..., :3])
+        assert task.divergence(*(Outputs(part, mask) for part in values)).isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [lambda model, batch: 1.0, lambda model, batch: torch.ones(3, 7)])
+def test_a_loss_that_is_neither_one_number_nor_one_a_sample_is_refused(loss):
+    with pytest.raises(ValueError, match=r"a loss must be a tensor of one number, or of one a sample \(3,\)"):
+        CustomLoss(loss).run(cnn(), images()[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_labels_go_to_models_that_take_them_only():
+    labelled = {**tokens()[0], "labels": tokens()[0]["input_ids"]}
+    assert choose_task(decoder(), labelled) == Distribution()
+    assert model_inputs(decoder(), labelled).keys() == {"input_ids"}
+    assert model_inputs(WithLoss(), labelled).keys() == {"input_ids", "labels"}
+    assert takes_labels(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))) == "no"
+
+
+def test_the_class_of_a_model_counts_more_than_the_checkpoint_it_came_from():
+    class NetForSequenceClassification(SmallDecoder):
+        config = SimpleNamespace(architectures=["NetLMHeadModel"])
+
+    class Net(NetForSequenceClassification):
+        pass
+
+    assert choose_task(NetForSequenceClassification(), tokens()[0]) == Distribution()
+    assert choose_task(Net(), tokens()[0]) == Distribution(causal=True)
+
+
+def test_one_batch_as_a_list_and_several_as_a_tuple_are_noticed():
+    with pytest.raises(ValueError, match=r"make it a tuple \(inputs, targets\)"):
+        batches_of([torch.ones(2, 3), torch.zeros(2, dtype=torch.long)])
+    with pytest.raises(ValueError, match=r"2 parts \(tuple, tuple\); several batches go in a list"):
+        split_batch(tuple(images()))
