@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if not (_Path(__file__).parent / "solvers").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
+from mpq.version import VERSION as _VERSION
+
 if _TYPE_CHECKING:
     from mpq.exporting import export
     from mpq.layers import Layer, Network
@@ -28,7 +30,8 @@ if _TYPE_CHECKING:
     from mpq.tracing import trace
     from mpq.verification import verify
 
-__version__ = "0.1.0"
+
+__version__ = _VERSION
 
 __all__ = [
     "Allocation",

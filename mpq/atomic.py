@@ -26,9 +26,17 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(f"cannot write {str(target)!r}: the folder {str(folder)!r} does not exist")
     if target.is_dir():
         raise ValueError(f"cannot write {str(target)!r}: it is a folder")
-    if not os.access(folder, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
-        raise ValueError(f"cannot write {str(target)!r}: permission denied")
+    try:
+        os.remove(_beside(target))
+    except OSError as error:
+        raise ValueError(f"cannot write {str(target)!r}: {error.strerror}") from error
     return target
+
+
+def _beside(target: Path) -> Path:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
+    os.close(handle)
+    return Path(name)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object] | str | bytes) -> None:
@@ -39,9 +47,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object] | str | b
         write: its content, or a function that writes it to the path it is given.
     """
     target = check_writable(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(handle)
-    partial = Path(name)
+    partial = _beside(target)
     try:
         if isinstance(write, str):
             partial.write_text(write, encoding="utf-8")

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 Batch = Any  # (inputs, targets), a mapping the model is called with, or inputs alone; samples come first
@@ -94,6 +93,7 @@ def batches_of(data: Any, *, role: str = "data") -> list[Batch]:
             batches of one kind looks like `[inputs, targets]`.
 
     Example:
+        >>> import torch
         >>> len(batches_of([torch.ones(2, 3), torch.ones(2, 3)])), len(batches_of((torch.ones(2, 3), torch.ones(2))))
         (2, 1)
     """
@@ -117,6 +117,5 @@ def _check_batch(batch: Batch, where: str) -> None:
     if batch_size(batch) == 0:
         raise ValueError(f"{where} must hold samples, it is empty")
     for tensor in tensors_of(batch):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            wrong = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_floating_point() and (wrong := int((tensor.isnan() | tensor.isposinf()).sum())):  # masks add -inf
             raise ValueError(f"{where} must be finite, {wrong} of {tensor.numel()} values are NaN or infinite")

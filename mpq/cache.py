@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq import __version__
 from mpq.atomic import write_atomically
+from mpq.version import VERSION
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -62,7 +62,7 @@ def pieces_in(cache: str | Path | None, fingerprint: str) -> Pieces:
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], *texts: str) -> str:
     """SHA-256 over named tensors (shape, dtype and bytes), texts, and the versions of mpq and torch."""
-    digest = hashlib.sha256(f"mpq {__version__}, torch {torch.__version__};".encode())
+    digest = hashlib.sha256(f"mpq {VERSION}, torch {torch.__version__};".encode())
     for text in texts:
         digest.update(f"{len(text)}:{text};".encode())
     for name, tensor in tensors:

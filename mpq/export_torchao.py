@@ -27,6 +27,9 @@ def to_torchao(plan: Plan) -> dict[str, Any]:
     `Int8DynamicActivationInt8WeightConfig`, floats of 8 bits `Float8WeightOnlyConfig`. Layers in fp32, fp16 and bf16
     are left out: torchao leaves them alone.
 
+    Torchao's grid is not the simulation's: it divides the largest magnitude by 2^(b-1) where that is negative and by
+    2^(b-1) - 1 where it is positive, the simulation always by the latter. Its error is the same or smaller.
+
     Apply it with
 
         quantize_(model, config_from_dict(mpq.export(plan, "torchao")), filter_fn=None)
@@ -52,6 +55,11 @@ def _config(entry: Entry) -> dict[str, Any] | None:
     weight = weight_format(option)
     if isinstance(weight, Float) and option.activation is None:
         return None
+    if layer.kind.startswith("conv_transpose") or layer.groups > 1:
+        raise ValueError(
+            f"torchao cannot run {layer.name!r}, a {layer.kind} in {layer.groups} groups, from quantised weights: "
+            "pin it to fp32"
+        )
     if layer.module is None:
         raise ValueError(
             f"torchao quantises modules, the weight of {layer.name!r} is used by a function: pin it to fp32"

@@ -73,7 +73,8 @@ def inspect_model(
     method = sensitivity
     if method == "auto":
         estimator = import_module("mpq.sensitivity").automatic(priced.network, space, samples, granularity)
-        method = {"KL": "kl"}.get(type(estimator).__name__, "output_fisher")
+        methods = import_module("mpq.sensitivity").METHODS
+        method = next(name for name, (_, kind) in methods.items() if kind == type(estimator).__name__)
     table = priced.table({})
     reaches = tuple(
         Reach(name, table.measures[name], *table.reachable(name), table.reference.get(name))

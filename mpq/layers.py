@@ -152,7 +152,7 @@ class Network:
         outside_bytes: The part of them that belongs to no layer: norms, biases, what was skipped.
         dtype: Format of most of the layers' weights as they stand, ``fp32``, ``fp16``, ``bf16`` …
         skipped: Weights that are not planned, with the reason.
-        fingerprint: sha256 over the names, shapes and types of the parameters.
+        fingerprint: sha256 over the names and shapes of the parameters.
 
     Example:
         >>> from mpq.layers import Layer, Network

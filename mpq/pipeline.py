@@ -17,6 +17,7 @@ from mpq.plan import Plan, weight_format
 from mpq.planning import solve_table
 from mpq.tables import CostTable
 from mpq.unit_storage import unit_storage_bits
+from mpq.version import VERSION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -278,7 +279,7 @@ def _provenance(priced: Priced) -> dict[str, Any]:
         "estimates": list(attributes["estimates"]),
         "refused": [f"{layer}: {option}: {reason}" for (layer, option), reason in priced.refused.items()],
         "skipped": dict(priced.network.skipped),
-        "versions": {"torch": str(torch.__version__), "mpq": import_module("mpq").__version__},
+        "versions": {"torch": str(torch.__version__), "mpq": VERSION},
     }
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpq.budgets import format_quantity
 from mpq.limits import Limit, apply_budgets
 from mpq.options import Option, matching
 from mpq.plan import AskedBudget, Entry, Plan, Split, check_layers
-from mpq.problem import Allocation
+from mpq.problem import Allocation, InfeasibleError
 from mpq.table_problem import build_problem
 
 if TYPE_CHECKING:
@@ -104,8 +105,28 @@ def _solve(
     table: CostTable, limits: tuple[Limit, ...], objective: str, pins: Mapping[str, str], how: Mapping[str, Any]
 ) -> Allocation:
     problem = build_problem(table, limits, objective, pins, {})
-    allocation: Allocation = import_module("mpq.solvers").solve(problem, **how)
+    try:
+        allocation: Allocation = import_module("mpq.solvers").solve(problem, **how)
+    except InfeasibleError as error:
+        raise _in_words(error, table, limits) from error
     return allocation
+
+
+def _in_words(error: InfeasibleError, table: CostTable, limits: tuple[Limit, ...]) -> InfeasibleError:
+    """The error with the budgets as they were asked, and what can be reached in the same units."""
+    parts = []
+    for limit in limits:
+        if limit.resource in error.reachable:
+            reached, measure = error.reachable[limit.resource], table.measures[limit.resource]
+            whole = table.reference.get(limit.resource)
+            share = f" ({reached / whole:.1%})" if whole else ""
+            parts.append(
+                f"{limit.meaning}, but the smallest that can be reached is {format_quantity(reached, measure)}{share}"
+            )
+    if not parts:
+        return error
+    also = " with the other budgets in force, or alone where the others already conflict" if len(limits) > 1 else ""
+    return InfeasibleError(f"no plan keeps the budgets: {'; '.join(parts)}{also}", error.reachable, error.budgets)
 
 
 def _predicted(allocation: Allocation, objective: str) -> dict[str, float]:

@@ -270,7 +270,7 @@ class AllocationProblem:
             terms = (block[chosen[i], chosen[j]] for (i, j), block in self.transitions.get(name, {}).items())
             usage[name] = math.fsum([self.offsets.get(name, 0.0), *table[rows, chosen].tolist(), *terms])
         for name in self.peak_resources:
-            usage[name] = self.offsets.get(name, 0.0) + float(self.peak(name).usage(chosen).max(initial=-np.inf))
+            usage[name] = math.fsum([self.offsets.get(name, 0.0), self.peak(name).largest(chosen)])
         if self.norm == math.inf:
             return float(scores.max()), usage
         if self.norm != 1:

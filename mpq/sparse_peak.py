@@ -44,6 +44,8 @@ class SparsePeak:
         shapes = {name: np.shape(getattr(self, name)) for name in ("step", "layer", "option", "value")}
         if len(set(shapes.values())) != 1 or self.step.ndim != 1:
             raise ValueError(f"SparsePeak arrays must be one-dimensional and of one length, got shapes {shapes}")
+        if any((getattr(self, name) < 0).any() for name in ("step", "layer", "option")):
+            raise ValueError("SparsePeak.step, layer and option must not be negative")
         if not np.isfinite(self.value).all():
             raise ValueError("SparsePeak.value must be finite; leave entries of forbidden options out")
         least = int(self.step.max(initial=0)) + 1
@@ -59,9 +61,17 @@ class SparsePeak:
         return cls(step, layer, option, array[step, layer, option], steps=array.shape[0])
 
     def usage(self, choices: npt.ArrayLike) -> FloatArray:
-        """What is alive at every step, ``(steps,)``; each step summed by ``math.fsum``."""
+        """What is alive at every step, ``(steps,)``."""
+        taken = np.asarray(choices)[self.layer] == self.option
+        return np.bincount(self.step[taken], weights=self.value[taken], minlength=self.steps).astype(np.float64)
+
+    def largest(self, choices: npt.ArrayLike) -> float:
+        """The most that any step holds; the steps that might be the one are summed by ``math.fsum``."""
         taken = np.asarray(choices)[self.layer] == self.option
         order = np.argsort(self.step[taken], kind="stable")
         step, value = self.step[taken][order], self.value[taken][order]
-        parts = np.split(value, np.searchsorted(step, np.arange(1, self.steps)))
-        return np.array([math.fsum(part.tolist()) for part in parts])
+        sums = np.bincount(step, weights=value, minlength=self.steps)
+        sizes = np.bincount(step, weights=np.abs(value), minlength=self.steps)
+        near = np.flatnonzero(sums >= sums.max() - 1e-12 * sizes.max())
+        starts, stops = np.searchsorted(step, near), np.searchsorted(step, near, side="right")
+        return max(math.fsum(value[start:stop].tolist()) for start, stop in zip(starts, stops, strict=True))

@@ -14,6 +14,7 @@ from mpq.formats import NumberFormat
 from mpq.layers import Layer
 from mpq.plan import Entry, Plan, Split
 from mpq.quantizer import Quantizer, RoundToNearest, quantised_weight
+from mpq.tracing import fingerprint
 from mpq.weight_view import as_rows
 
 
@@ -30,10 +31,11 @@ def quantized(model: nn.Module, plan: Plan, *, quantizer: Quantizer | None = Non
         quantizer: how weights are quantised; rounds to nearest by default.
 
     Raises:
-        ValueError: if a layer of the plan is not in the model or has another shape, a weight holds NaN or infinity, or
-            an input is to be quantised that no module receives.
+        ValueError: if the plan is for another model, a weight holds NaN or infinity, or an input is to be quantised
+            that no module receives.
     """
     quantizer = quantizer or RoundToNearest()
+    check_model(model, plan)
     with ExitStack() as stack:
         weights = [(layer_parameters(model, entry.layer), _swapped(model, entry, quantizer)) for entry in plan.entries]
         for parameters, data in weights:
@@ -41,6 +43,21 @@ def quantized(model: nn.Module, plan: Plan, *, quantizer: Quantizer | None = Non
         for entry in plan.entries:
             stack.enter_context(quantised_input(model, entry.layer, _activation(entry)))
         yield model
+
+
+def check_model(model: nn.Module, plan: Plan) -> None:
+    """Check that a plan is for a model: every planned layer is there, and parameter names and shapes are the same.
+
+    Raises:
+        ValueError: if not; it names what is missing, has another shape, or is new.
+    """
+    planned = {name for entry in plan.entries for name in (entry.layer.weight_name, *entry.layer.aliases)}
+    for entry in plan.entries:
+        layer_parameters(model, entry.layer)
+    if plan.fingerprint and plan.fingerprint != fingerprint(model):
+        extra = [name for name, value in model.named_parameters() if value.ndim > 1 and name not in planned]
+        found = f"it has {', '.join(map(repr, extra[:3]))}, the plan does not" if extra else "in a norm or bias"
+        raise ValueError(f"the plan is for another model: this one's parameter names and shapes differ ({found})")
 
 
 @contextmanager

@@ -85,6 +85,8 @@ class Distribution:
             values = values[:, :-1]
             labels = None if labels is None else labels[:, 1:]
             mask = None if mask is None else mask[:, 1:]
+        if labels is not None:
+            _check_labels(labels, values.shape[-1])
         if labels is not None and values.ndim > 2:
             labelled = labels != IGNORED
             mask = labelled if mask is None else mask & labelled
@@ -148,15 +150,14 @@ class Features:
         """Random signs z . y √(2T) / ||y||: ½ E (gradient . change)² / T is then the relative squared error."""
         values = _single(_masked(outputs.values, outputs.mask))
         signs = torch.randint(0, 2, values.shape, generator=generator).to(values) * 2 - 1
-        norm = values.detach().flatten(1).norm(dim=1).clamp_min(1e-30)
-        scale: Tensor = (2 * outputs.positions()).sqrt() / norm
+        scale: Tensor = (2 * outputs.positions() / _energy(values.detach())).sqrt()
         return scale * (values * signs).flatten(1).sum(1)
 
     def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
         """||y - y_reference||² / ||y_reference||² of each sample."""
         exact = _masked(reference.values, reference.mask).double().flatten(1)
         error = _masked(outputs.values, reference.mask).double().flatten(1) - exact
-        return error.square().sum(1) / exact.square().sum(1).clamp_min(1e-300)
+        return error.square().sum(1) / _energy(exact)
 
     def agreement(self, reference: Outputs, outputs: Outputs) -> None:
         """None: features decide nothing."""
@@ -228,10 +229,24 @@ def _padding(inputs: Any, values: Tensor) -> Tensor | None:
     return mask.bool()  # type: ignore[no-any-return]
 
 
+def _check_labels(labels: Tensor, classes: int) -> None:
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1}, the model has {classes} classes, got {int(wrong[0])}"
+        )
+
+
 def _classes_come_second(values: Tensor, labels: Tensor | None) -> bool:
     if labels is None:
         return values.ndim > 3
     return labels.shape != values.shape[:-1] and labels.shape[1:] == values.shape[2:]
+
+
+def _energy(values: Tensor) -> Tensor:
+    """(samples,): squared norms, at least a millionth of their mean: a sample of zeros must not count for all."""
+    energy = values.flatten(1).square().sum(1)
+    return energy.clamp_min(max(1e-6 * float(energy.mean()), 1e-30))
 
 
 def _flat(values: Tensor) -> Tensor:

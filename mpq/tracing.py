@@ -76,7 +76,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Network:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over the sorted names, shapes and types of a model's parameters; shared ones under each name.
+    """sha256 over the sorted names and shapes of a model's parameters; shared ones under each name.
 
     Example:
         >>> import torch
@@ -85,7 +85,7 @@ def fingerprint(model: nn.Module) -> str:
         True
     """
     named = model.named_parameters(remove_duplicate=False)
-    lines = sorted(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n" for name, parameter in named)
+    lines = sorted(f"{name} {tuple(parameter.shape)}\n" for name, parameter in named)
     return sha256("".join(lines).encode()).hexdigest()
 
 

@@ -101,12 +101,13 @@ class Verification:
         return frame.rename(columns=names)
 
     def __str__(self) -> str:
-        name = self.divergence_name
-        lines = [f"{'':18}{'size [MB]':>10}{'bits':>8}{name:>13}{'+-':>10}{'predicted':>12}{'loss':>9}{'agree':>8}"]
+        name, wide = self.divergence_name, max(len(row.name) for row in self.rows) + 2
+        header = f"{'':{wide}}{'size [MB]':>10}{'bits':>8}{name:>12}{'+-':>10}{'predicted':>11}{'loss':>9}{'agree':>8}"
+        lines = [header]
         for row in self.rows:
             lines.append(
-                f"{row.name:18}{row.size_bytes / 1e6:10.4f}{row.average_bits:8.3f}{row.divergence:13.5f}"
-                f"{row.divergence_se:10.5f}{_text(row.predicted, '12.5f')}{_text(row.loss, '9.4f')}"
+                f"{row.name:{wide}}{row.size_bytes / 1e6:10.4f}{row.average_bits:8.3f}{row.divergence:12.3g}"
+                f"{row.divergence_se:10.1g}{_text(row.predicted, '11.3g')}{_text(row.loss, '9.4f')}"
                 f"{_text(row.agreement, '8.3f')}" + ("  over budget" if row.fits is False else "")
             )
         footer = f"measured on {self.samples} samples; sizes are counted, predictions come from the table"

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpq.batches import batches_of, samples_in
 from mpq.cache import description, fingerprint_of, pieces_in
-from mpq.layers import Network
+from mpq.layers import Network, block_size
 from mpq.options import SearchSpace
 from mpq.quantizer import Quantizer, RoundToNearest
 from mpq.suggestions import did_you_mean
@@ -22,6 +22,7 @@ from . import METHODS
 from .kl import KL
 from .measurement import Estimator, Measurement
 from .output_fisher import OutputFisher
+from .weight_error import WeightError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,11 +104,14 @@ def automatic(network: Network, space: SearchSpace, samples: int, granularity: s
     """The method that "auto" means for a model and an amount of data.
 
     Measured divergence where running every choice costs at most `MEASURED_MACS` multiply-adds, or where a layer's
-    output cannot be watched; else output Fisher. Counted, not timed, so that the same input gives the same plan.
+    output cannot be watched; else output Fisher. Where units are too fine for either, the weight error. Counted, not
+    timed, so that the same input gives the same plan.
     """
     runs = sum(len(options) for options in space.candidates(network).values())
     macs = sum(layer.macs for layer in network.layers) / network.batch * samples * runs
     unwatched = any(layer.module is None for layer in network.layers)
+    if granularity != "layer" and (unwatched or block_size(granularity)[0] == "groups"):
+        return WeightError()
     return KL() if granularity == "layer" and (unwatched or macs <= MEASURED_MACS) else OutputFisher()
 
 

@@ -42,7 +42,7 @@ class KL:
         if measurement.granularity != "layer":
             raise ValueError(
                 f"kl measures whole layers, got granularity {measurement.granularity!r}: "
-                "use output_fisher or weight_error"
+                "use output_fisher (rows) or weight_error"
             )
         mean, error = measurement.empty(), measurement.empty()
         with torch.no_grad():

@@ -38,6 +38,8 @@ def sum_over_row_blocks(per_row: Tensor, granularity: str) -> Tensor:
     if kind == "layer":
         return per_row.sum(-1, keepdim=True)
     if kind != "rows":
-        raise ValueError(f"granularity must be 'layer' or 'rows' for a score of layer outputs, got {granularity!r}")
+        raise ValueError(
+            f"granularity must be 'layer' or 'rows' for a score of layer outputs, got {granularity!r}: use weight_error"
+        )
     padded = functional.pad(per_row, (0, -per_row.shape[-1] % size))
     return padded.reshape(*padded.shape[:-1], -1, size).sum(-1)

@@ -65,8 +65,9 @@ def aimed_at(core: Core, name: str, kept: Collection[str]) -> Core:
             part[0] = 0.0
         return part
 
-    limited = np.array([other in kept for other in core.steps.names], dtype=bool) & ~core.steps.goal
-    goal = np.array([other == name for other in core.steps.names], dtype=bool) & ~core.steps.goal
+    is_kept = np.array([other in kept for other in core.steps.names], dtype=bool)
+    is_aim = np.array([other == name for other in core.steps.names], dtype=bool)
+    limited, goal = is_kept[core.steps.owner] & ~core.steps.goal, is_aim[core.steps.owner] & ~core.steps.goal
     return replace(
         core,
         table=aimed(core.table),

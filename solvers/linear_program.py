@@ -10,7 +10,7 @@ import numpy as np
 from mpq.arrays import BoolArray, FloatArray, IntArray
 
 from .cover_cut import Cut
-from .reduction import Core, Floors
+from .reduction import Core, Floors, row_sums
 
 SCALE = 1e4  # of rows and objective: the codes' tolerances are absolute
 ROOM = 1e-9  # relative widening of a row, beyond those tolerances: no plan is lost, and plans found are checked
@@ -27,12 +27,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LinearProgram:
-    """Minimise cost · v with lower ≤ v ≤ upper, some v integer, under rows.
+    """Minimise cost · v with 0 ≤ v ≤ upper, some v integer, under rows.
 
     Attributes:
         names: of the columns: ``x_{i}_{k}`` for layer i in option k, ``y_{i}_{k}_{j}_{l}`` products, ``u_{k}``, ``t``.
         cost: objective, scaled.
-        upper: upper limits; lower ones are 0.
+        upper: upper limits.
         integer: which columns are integer.
         simplex: set of every column whose members sum to 1, -1 for columns in no set.
         one_hot: the rows that say so for the options of a group.
@@ -222,8 +222,7 @@ def _maximum(draft: _Draft, core: Core, column: IntArray, floors: Floors, scale:
 def _most(core: Core, column: IntArray, floors: Floors) -> FloatArray:
     """How far every step row can rise above its least, (rows,)."""
     rise = np.where(column[core.steps.group] >= 0, floors.step_excess, 0.0).max(1, initial=0.0)
-    total: FloatArray = np.bincount(core.steps.row, weights=rise, minlength=len(core.steps.limit)).astype(np.float64)
-    return total
+    return row_sums(core.steps.row, rise, len(core.steps.limit))
 
 
 def _blocks_by_row(core: Core) -> list[IntArray]:

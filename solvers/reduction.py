@@ -26,8 +26,8 @@ class Coupling:
 class StepRows:
     """Sparse rows: Σ of ``value[e, choice of group[e]]`` over the blocks e with ``row[e] = s`` is at most ``limit[s]``.
 
-    Shapes: row and group (blocks,), value (blocks, options), limit and goal (rows,). The largest sum among the rows
-    marked ``goal`` is part of the objective; those have no limit of their own.
+    Shapes: row and group (blocks,), value (blocks, options); limit, goal and owner (rows,). The largest sum among the
+    rows marked ``goal`` is the objective; those have no limit of their own. ``names[owner[s]]`` is the budget of row s.
     """
 
     row: IntArray
@@ -35,15 +35,17 @@ class StepRows:
     value: FloatArray
     limit: FloatArray
     goal: BoolArray
+    owner: IntArray
     names: tuple[str, ...]
 
     def sums(self, choice: IntArray) -> FloatArray:
         """Sum of every row, (rows,)."""
         taken = self.value[np.arange(len(self.group)), choice[self.group]]
-        return _row_sums(self.row, taken, len(self.limit))
+        return row_sums(self.row, taken, len(self.limit))
 
 
-def _row_sums(row: IntArray, value: FloatArray, rows: int) -> FloatArray:
+def row_sums(row: IntArray, value: FloatArray, rows: int) -> FloatArray:
+    """Sum of the values of every row, (rows,)."""
     return np.bincount(row, weights=value, minlength=rows).astype(np.float64)
 
 
@@ -108,8 +110,8 @@ class Core:
         return not over.keys() & {*self.names, *self._limited_steps()}
 
     def _limited_steps(self) -> set[str]:
-        limited = ~self.steps.goal & (self.steps.limit < np.inf)
-        return {name for name, is_limited in zip(self.steps.names, limited.tolist(), strict=True) if is_limited}
+        owners = self.steps.owner[~self.steps.goal & (self.steps.limit < np.inf)]
+        return {self.steps.names[owner] for owner in np.unique(owners)}
 
     def value(self, choice: IntArray) -> float:
         """Objective of a plan in this core."""
@@ -137,7 +139,7 @@ class Core:
         low = np.where(allowed, steps.value, np.inf).min(1, initial=np.inf)
         size = np.abs(np.where(allowed, steps.value, 0)).max(1, initial=0)
         rows = len(steps.limit)
-        step_base, step_magnitude = _row_sums(steps.row, low, rows), _row_sums(steps.row, size, rows)
+        step_base, step_magnitude = row_sums(steps.row, low, rows), row_sums(steps.row, size, rows)
         return Floors(base, excess, step_base, steps.value - low[:, None], magnitude, step_magnitude)
 
     def slack(self, floors: Floors, best: IntArray | None) -> tuple[FloatArray, FloatArray]:
@@ -303,29 +305,43 @@ def _step_rows(problem: AllocationProblem, allowed: BoolArray) -> StepRows:
 
     Only the order of the scores matters to a maximum, so ranks are exact at any scale.
     """
-    count, options = allowed.shape
-    parts: list[tuple[IntArray, IntArray, FloatArray]] = []
-    limits: list[FloatArray] = []
-    names: list[str] = []
-    for name, budget in problem.peak_budgets.items():
-        peak, start = problem.peak(name), len(names)
-        place, index = np.unique(peak.step * count + problem.groups[peak.layer], return_inverse=True)
-        value = np.zeros((len(place), options))
-        np.add.at(value, (index, peak.option), peak.value)
-        parts.append((place // count + start, place % count, np.where(allowed[place % count], value, 0.0)))
-        room = budget + BUDGET_TOLERANCE * abs(budget) - problem.offsets.get(name, 0.0)
-        limits.append(np.full(peak.steps, room))
-        names += [name] * peak.steps
-    limited = len(names)
+    parts = [_peak_rows(problem, allowed, name) for name in problem.peak_budgets]
+    names = tuple(problem.peak_budgets)
     if problem.norm == math.inf:
-        ranks = np.unique(np.where(problem.allowed, problem.objective, np.inf), return_inverse=True)[1]
-        worst = np.zeros(allowed.shape)
-        np.maximum.at(worst, problem.groups, ranks.reshape(problem.objective.shape).astype(np.float64))
-        every = np.arange(count)
-        parts.append((every + limited, every, np.where(allowed, worst, 0.0)))
-        limits.append(np.full(count, np.inf))
-        names += ["objective"] * count
-    row, group, value = (np.concatenate(arrays) for arrays in zip(*parts, strict=True)) if parts else (
-        np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, options)))  # fmt: skip
-    limit = np.concatenate(limits) if limits else np.zeros(0)
-    return StepRows(row, group, value, limit, np.arange(len(names)) >= limited, tuple(names))
+        parts.append(_rank_rows(problem, allowed))
+        names = (*names, "objective")
+    if not parts:
+        none = np.zeros(0, dtype=np.int64)
+        return StepRows(none, none, np.zeros((0, allowed.shape[1])), np.zeros(0), none.astype(bool), none, names)
+    sizes = [len(part.limit) for part in parts]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return StepRows(
+        row=np.concatenate([part.row + start for part, start in zip(parts, starts, strict=True)]),
+        group=np.concatenate([part.group for part in parts]),
+        value=np.concatenate([part.value for part in parts]),
+        limit=np.concatenate([part.limit for part in parts]),
+        goal=np.concatenate([part.goal for part in parts]),
+        owner=np.repeat(np.arange(len(parts)), sizes),
+        names=names,
+    )
+
+
+def _peak_rows(problem: AllocationProblem, allowed: BoolArray, name: str) -> StepRows:
+    peak, count = problem.peak(name), len(allowed)
+    place, index = np.unique(peak.step * count + problem.groups[peak.layer], return_inverse=True)
+    value = np.zeros((len(place), allowed.shape[1]))
+    np.add.at(value, (index, peak.option), peak.value)
+    row, group = np.divmod(place, count)
+    budget = problem.peak_budgets[name]
+    limit = np.full(peak.steps, budget + BUDGET_TOLERANCE * abs(budget) - problem.offsets.get(name, 0.0))
+    none = np.zeros(peak.steps, dtype=np.int64)
+    return StepRows(row, group, np.where(allowed[group], value, 0.0), limit, none.astype(bool), none, (name,))
+
+
+def _rank_rows(problem: AllocationProblem, allowed: BoolArray) -> StepRows:
+    ranks = np.unique(np.where(problem.allowed, problem.objective, np.inf), return_inverse=True)[1]
+    worst = np.zeros(allowed.shape)
+    np.maximum.at(worst, problem.groups, ranks.reshape(problem.objective.shape).astype(np.float64))
+    every, count = np.arange(len(allowed)), len(allowed)
+    limit, goal = np.full(count, np.inf), np.ones(count, dtype=bool)
+    return StepRows(every, every, np.where(allowed, worst, 0.0), limit, goal, np.zeros(count, np.int64), ("objective",))

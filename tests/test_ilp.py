@@ -39,12 +39,12 @@ def check_like_enumeration(problem):
 @pytest.mark.parametrize("wide", [False, True])
 def test_equals_enumeration_for_every_kind_of_problem(wide):
     drawn, plans = set(), 0
-    for seed in range(5000, 5300):
+    for seed in range(5000, 5200):
         problem = random_problem(seed, wide=wide)
         drawn |= problem.features
         plans += check_like_enumeration(problem)
     assert drawn == ILPSolver.features
-    assert 150 < plans < 270
+    assert 100 < plans < 180
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(KINDS, 2)), ids="-".join)
@@ -125,7 +125,7 @@ tables = st.integers(1, 3).flatmap(
 )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(tables, st.integers(-8, 20), st.sampled_from([1, np.inf]), st.sampled_from([None, 1, 2]))
 def test_small_whole_tables(table, budget, norm, max_formats):
     """Zeros, duplicates, plateaus and negative numbers."""

@@ -190,6 +190,7 @@ def test_choices_are_checked(choices):
         (([0], [0, 1], [0], [1.0]), "one length"),
         (([0], [0], [0], [math.inf]), "finite"),
         (([0], [0], [0.5], [1.0]), "whole"),
+        (([0], [-1], [0], [1.0]), "negative"),
     ],
 )
 def test_sparse_peaks_are_checked(entries, words):

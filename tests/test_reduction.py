@@ -36,7 +36,7 @@ def test_ties_merge_and_expand():
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_values_floors_and_tightening(wide):
-    for seed in range(250):
+    for seed in range(150):
         problem = random_problem(seed, wide=wide)
         core, (best, _) = merge(problem), by_loops(problem)
         values = [core.value(plan) for plan in plans(core)]

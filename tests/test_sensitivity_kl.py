@@ -85,7 +85,7 @@ def test_a_killed_measurement_goes_on_where_it_was_and_never_serves_a_changed_mo
 
 
 def test_units_finer_than_layers_are_refused_with_a_way_out():
-    with pytest.raises(ValueError, match="use output_fisher or weight_error"):
+    with pytest.raises(ValueError, match=r"use output_fisher \(rows\) or weight_error"):
         estimate(cnn(), images(), ["int4"], granularity="rows:2")
 
 
@@ -119,12 +119,13 @@ def test_a_weight_with_nan_is_an_error_that_names_the_layer():
 
 
 def test_automatic_measures_small_models_and_estimates_large_ones(monkeypatch):
-    from mpq.sensitivity import KL, OutputFisher, automatic, estimation
+    from mpq.sensitivity import KL, OutputFisher, WeightError, automatic, estimation
 
     model, data = cnn(), images()
     network, space = mpq.trace(model, data[0][0]), SearchSpace(["int4", "int8"])
     assert automatic(network, space, 6) == KL()
     assert automatic(network, space, 6, "rows:2") == OutputFisher()
+    assert automatic(network, space, 6, "groups:2") == WeightError()
     monkeypatch.setattr(estimation, "MEASURED_MACS", 1.0)
     assert automatic(network, space, 6) == OutputFisher()
     experts = mpq.trace(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8))

@@ -194,3 +194,13 @@ def test_a_weight_of_the_same_size_and_another_shape_is_refused():
     plan = plan_for(mpq.trace(nn.Sequential(nn.Linear(8, 6)), torch.randn(2, 8)), {})
     with pytest.raises(ValueError, match="'0'.*another model"), mpq.quantized(nn.Sequential(nn.Linear(6, 8)), plan):
         pass
+
+
+def test_a_model_with_a_layer_more_is_refused_and_a_copy_in_half_precision_is_not():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(2, 8)
+    plan = plan_for(mpq.trace(model, x), {}, "int4")
+    longer = nn.Sequential(*model, nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"another model.*'2\.weight'"), mpq.quantized(longer, plan):
+        pass
+    with mpq.quantized(copy.deepcopy(model).bfloat16(), plan) as half:
+        assert half[0].weight.dtype == torch.bfloat16
