@@ -10,8 +10,8 @@ from mpq.arrays import IntArray
 
 from . import pulp_adapter
 from .cover_cut import Cut, cover_cut
+from .descent import descend
 from .exchange import improve
-from .greedy import descend
 from .linear_program import ROOM, SCALE, linear_program
 from .pulp_adapter import Status
 from .reduction import Core

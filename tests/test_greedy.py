@@ -11,7 +11,7 @@ from test_solvers import SolverContract, answer
 
 from mpq.problem import AllocationProblem, InfeasibleError
 from mpq.solvers import ExhaustiveSolver, GreedySolver, ILPSolver
-from mpq.solvers.greedy import _hull_path, descend
+from mpq.solvers.descent import _hull_path, descend
 from mpq.solvers.reduction import merge
 
 TAKEN = ("ties", "forbidden", "negative", "whole", "norm")
