@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mpq.atomic import write_atomically
 from mpq.version import VERSION
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object: another one in every process
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def description(value: Any) -> str:
             return _joined(kind, parts_of(value))
     if is_dataclass(value) and not isinstance(value, type):
         return _joined(kind, [(field.name, getattr(value, field.name)) for field in fields(value)])
-    if not isinstance(value, str) and _ADDRESS.search(repr(value)):
+    if not isinstance(value, str) and ADDRESS.search(repr(value)):
         raise ValueError(
             f"cache must be None with {value!r}, which only its address tells from others: "
             "make its class a frozen dataclass or give it a __repr__ with its settings"
@@ -112,7 +112,7 @@ def _function_parts(function: types.FunctionType) -> list[Any]:
 
 _PARTS: tuple[tuple[Any, Callable[[Any], Iterable[Any]]], ...] = (
     (np.ndarray, lambda array: [str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest()]),
-    (nn.Module, lambda m: [_ADDRESS.sub("", repr(m)), *m.named_parameters(), *m.named_buffers()]),
+    (nn.Module, lambda m: [ADDRESS.sub("", repr(m)), *m.named_parameters(), *m.named_buffers()]),
     (types.FunctionType, _function_parts),
     (types.CodeType, lambda code: [code.co_code.hex(), code.co_names, code.co_varnames, code.co_consts]),
     (types.MethodType, lambda method: [method.__func__, method.__self__]),

@@ -197,13 +197,15 @@ class Plan:
         """What these layers take (all edited ones by default), in the form `pins=` takes.
 
         Raises:
-            ValueError: if a layer is not in the plan.
+            ValueError: if a layer is not in the plan, or is split.
         """
-        options = self.options
-        for name in layers:
-            if name not in options:
-                raise ValueError(f"plan has no layer {name!r}{did_you_mean(name, options)}")
-        return {name: options[name] for name in (layers or self.edited)}
+        choices = {entry.layer.name: entry.choice for entry in self.entries}
+        for name in layers or self.edited:
+            if name not in choices:
+                raise ValueError(f"plan has no layer {name!r}{did_you_mean(name, choices)}")
+            if isinstance(choices[name], Split):
+                raise ValueError(f"layer {name!r} is split, {choices[name]}: a pin is one option for a whole layer")
+        return {name: str(choices[name]) for name in (layers or self.edited)}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""

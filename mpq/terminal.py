@@ -65,6 +65,8 @@ def plan_lines(plan: Plan) -> Iterable[str]:
         if name in plan.predicted
     ]
     yield "predicted: " + (", ".join(predicted) or "nothing: the plan was edited by hand")
+    if method := plan.provenance.get("sensitivity"):
+        yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples"
     for budget in plan.budgets:
         yield f"budget: {budget.meaning}"
     if plan.proof is not None:

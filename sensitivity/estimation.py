@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mpq.batches import batches_of, samples_in
-from mpq.cache import description, fingerprint_of, pieces_in
+from mpq.cache import ADDRESS, description, fingerprint_of, pieces_in
 from mpq.layers import Network, block_size
 from mpq.options import SearchSpace
 from mpq.quantizer import Quantizer, RoundToNearest
@@ -96,7 +96,8 @@ def estimate(  # noqa: PLR0917 - the order is public
     index = pd.MultiIndex.from_product([measurement.units.labels, map(str, options)], names=["layer", "option"])
     columns = {"sensitivity": scores.mean.ravel(), "sensitivity_se": scores.standard_error.ravel()}
     frame = pd.DataFrame(columns, index=index)
-    frame.attrs |= {"measure": scores.measure, "method": repr(estimator), "task": repr(chosen_task)}
+    made = {"method": repr(estimator), "task": repr(chosen_task)}
+    frame.attrs |= {"measure": scores.measure, **{name: ADDRESS.sub("", text) for name, text in made.items()}}
     return frame
 
 

@@ -127,6 +127,8 @@ def test_edited_plans_lose_what_no_longer_holds_and_name_their_pins():
     assert plan().options["fc"] == "int8"
     with pytest.raises(ValueError, match="'zz' matches no layer"):
         plan().with_options({"zz": "int4"})
+    with pytest.raises(ValueError, match="'fc' is split"):
+        split_plan().pins("fc")
     with pytest.raises(ValueError, match="no layer 'cnv'.*'conv'"):
         plan().pins("cnv")
 
