@@ -70,7 +70,10 @@ _HOME = {
     "trace": "tracing",
     "verify": "verification",
 }
-_MODULES = ("fake_quantize", "formats", "hardware_models", "sensitivity", "solvers", "tasks")
+_MODULES = (
+    *("budgets", "fake_quantize", "formats", "hardware_models", "layers", "options", "plan", "problem"),
+    *("sensitivity", "solvers", "tables", "tasks"),
+)
 
 
 def __getattr__(name: str) -> object:

@@ -164,6 +164,8 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
     if table_path is not None:
         table.save(table_path)
     plan = solve_table(table, asked, solver=given["solver"])
+    if output is not None:
+        plan.save(output)  # before anything else can go wrong; saved again with what is measured
     verification = None
     if source.holdout is not None:
         from dataclasses import replace
