@@ -107,6 +107,9 @@ def _status(model: Any, solved: Any) -> Status:
 def _cbc(pulp: Any, **settings: Any) -> Any:
     """CBC, by the path of the one that PuLP 3 brings along where there is one (its own class is deprecated)."""
     path = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
+    settings.pop(
+        "threads", None
+    )  # one thread is its default; asked for one, it starts a worker and can wait for it forever
     return pulp.COIN_CMD(path=path, msg=False, **settings)
 
 
