@@ -107,9 +107,8 @@ def _status(model: Any, solved: Any) -> Status:
 def _cbc(pulp: Any, **settings: Any) -> Any:
     """CBC, by the path of the one that PuLP 3 brings along where there is one (its own class is deprecated)."""
     path = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
-    settings.pop(
-        "threads", None
-    )  # one thread is its default; asked for one, it starts a worker and can wait for it forever
+    # One thread is CBC's default; asked for one, it starts a worker and can wait for it forever.
+    settings = {name: value for name, value in settings.items() if name != "threads"}
     return pulp.COIN_CMD(path=path, msg=False, **settings)
 
 
