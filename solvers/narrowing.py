@@ -179,7 +179,7 @@ def _scale(tight: Core, best: IntArray | None) -> float:
         distance = float(np.where(tight.allowed[tight.steps.group], floors.step_excess, 0).max())
     else:
         distance = float(np.where(tight.allowed, floors.excess[0], 0).max(1).sum())
-    return SCALE / distance if distance > 0 else 1.0
+    return min(SCALE / distance, 1e250) if distance > 0 else 1.0  # the quotient of a denormal is infinite
 
 
 def _allowance(tight: Core, best: IntArray, bound: float, gap: float) -> float:
