@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mpq import __version__
+from mpq.table_commands import name_value_pairs, pareto, solve, table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,6 +59,8 @@ def main(debug: bool) -> None:
     mpq inspect demo            what is there, and what budgets can reach
     mpq search demo --options int4,int8 --budget size=18% --output plan.json
     mpq show plan.json          the plan, layer by layer
+    mpq solve table.parquet --budget size=30%       another budget, without the model
+    mpq pareto table.parquet --resource latency     what every bit of it buys
     mpq verify demo plan.json   measured, next to uniform precision
     mpq list                    formats, methods, solvers, devices, exports
 
@@ -182,6 +185,11 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
         click.echo(f"written: {output}")
 
 
+main.add_command(solve)
+main.add_command(pareto)
+main.add_command(table)
+
+
 @main.command(epilog=MODEL_HELP, short_help="Layers, ties, reachable budgets, time and memory of MODEL.")
 @space_options
 @model_options
@@ -285,27 +293,14 @@ def _space(given: dict[str, Any]) -> Any:
     from mpq.options import SearchSpace
 
     options = [text.strip() for text in given["options"].split(",") if text.strip()]
-    return SearchSpace(options, _pairs("pin", given["pins"]), "auto" if given["ties"] == "auto" else None)
+    return SearchSpace(options, name_value_pairs("pin", given["pins"]), "auto" if given["ties"] == "auto" else None)
 
 
 def _budgets(texts: tuple[str, ...], hardware: str | None) -> dict[str, str]:
-    budgets = _pairs("budget", texts)
+    budgets = name_value_pairs("budget", texts)
     if "latency" in budgets and hardware is None:
         raise ValueError("a budget of latency needs a device: give --hardware NAME (mpq list names them)")
     return budgets
-
-
-def _pairs(role: str, texts: tuple[str, ...]) -> dict[str, str]:
-    form = {"budget": "NAME=LIMIT", "pin": "PATTERN=OPTION"}[role]
-    pairs: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not name or not value:
-            raise ValueError(f"--{role} must be {form}, got {text!r}")
-        if name in pairs:
-            raise ValueError(f"--{role} of {name!r} is given twice, as {pairs[name]!r} and as {value!r}")
-        pairs[name] = value
-    return pairs
 
 
 def _check_outputs(output: str | None, table_path: str | None) -> None:

@@ -1,7 +1,7 @@
 """The answer to an allocation problem: choices, what they cost, and how much is proved about them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,14 +18,20 @@ class InfeasibleError(ValueError):
         reachable: ``{budget: smallest value that can be reached}``, with the other budgets in force, or alone where
             the others already conflict with each other; offsets are included. Empty where no budget is the cause.
         budgets: ``{budget: what was asked for}``.
+        obstacles: in words, the ties and pins without which there would be a plan.
     """
 
     def __init__(
-        self, message: str, reachable: Mapping[str, float] | None = None, budgets: Mapping[str, float] | None = None
+        self,
+        message: str,
+        reachable: Mapping[str, float] | None = None,
+        budgets: Mapping[str, float] | None = None,
+        obstacles: Sequence[str] = (),
     ) -> None:
-        super().__init__(message)
+        super().__init__(message + (f"; in the way: {', '.join(obstacles)}" if obstacles else ""))
         self.reachable = dict(reachable or {})
         self.budgets = dict(budgets or {})
+        self.obstacles = tuple(obstacles)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def whole_numbers(name: str, values: npt.ArrayLike) -> IntArray:
         ValueError: for anything that is not a whole number, under the name given.
     """
     array = np.asarray(values)
-    if array.size and (not np.issubdtype(array.dtype, np.number) or (array != np.floor(array)).any()):
+    is_whole = np.issubdtype(array.dtype, np.integer)
+    if array.size and not is_whole and (not np.issubdtype(array.dtype, np.number) or (array != np.floor(array)).any()):
         raise ValueError(f"{name} must hold whole numbers, got {values!r}")
     whole = array.astype(np.int64)
     whole.flags.writeable = False

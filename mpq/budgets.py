@@ -100,12 +100,14 @@ def format_quantity(value: float, measure: str) -> str:
         ('7.90 MB', '4.20 ms', '34.0 GBOPs')
     """
     if measure not in ("B", "s", "J", "bops") or not math.isfinite(value):
-        return f"{value:.4g}"
+        unit = "" if measure in ("", "loss", "score") else f" {measure}"
+        return f"{value:.4g}{unit}"
     prefixes = _LARGE if measure in ("B", "bops") else _SMALL
-    usable = [(factor, prefix) for prefix, factor in prefixes.items() if abs(value) >= factor and prefix != "µ"]
+    rounded = float(f"{value:.2e}")  # what is shown decides about prefix and digits: 9.996 is 10.0, not 10.00
+    usable = [(factor, prefix) for prefix, factor in prefixes.items() if abs(rounded) >= factor and prefix != "µ"]
     factor, prefix = max(usable, default=(1.0, ""))
     scaled = value / factor
-    digits = max(0, 2 - math.floor(math.log10(abs(scaled)))) if scaled else 0
+    digits = max(0, 2 - math.floor(math.log10(abs(rounded / factor)) + 1e-9)) if rounded else 0
     if measure == "B" and not prefix:
         digits = 0
     return f"{scaled:.{digits}f} {prefix}{'BOPs' if measure == 'bops' else measure}"

@@ -156,6 +156,8 @@ class AllocationProblem:
                 raise ValueError(
                     f"ties must hold layer indices 0..{len(self.objective) - 1}, got {outside[0]} in {tie}"
                 )
+        if not ties:
+            return
         groups = self.groups
         common = np.ones((groups.max() + 1, len(self.options)), dtype=bool)
         np.logical_and.at(common, groups, self.allowed)
@@ -225,6 +227,8 @@ class AllocationProblem:
     @cached_property
     def groups(self) -> IntArray:
         """``(layers,)``: number of the tie group of every layer, counted in the order of their first layers."""
+        if not self.ties:
+            return np.arange(len(self.objective))
         leader = list(range(len(self.objective)))
         for tie in self.ties:
             roots = [_root(leader, layer) for layer in tie]
@@ -288,8 +292,10 @@ class AllocationProblem:
     def is_feasible(self, choices: npt.ArrayLike) -> bool:
         """Whether choices keep every budget, tie, forbidden option and ``max_formats``."""
         chosen, groups = self._chosen(choices), self.groups
-        first = np.unique(groups, return_index=True)[1]
-        tied = bool((chosen == chosen[first][groups]).all())
+        tied = True
+        if self.ties:
+            first = np.unique(groups, return_index=True)[1]
+            tied = bool((chosen == chosen[first][groups]).all())
         few = self.max_formats is None or len(np.unique(chosen)) <= self.max_formats
         allowed = bool(self.allowed[np.arange(len(chosen)), chosen].all())
         return tied and few and allowed and not self.violations(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,6 +119,8 @@ class CostTable:
                 raise ValueError(f"aggregate of {name!r} must be one of {', '.join(get_args(Aggregate))}, got {how!r}")
         index = np.arange(len(self.units)) if self.layer_index is None else self.layer_index
         put(self, "layer_index", _per_unit("layer_index", index, len(self.units)))
+        for name in ("offsets", "reference"):
+            put(self, name, {quantity: float(amount) for quantity, amount in getattr(self, name).items()})
         put(self, "ties", tuple(tuple(map(int, group)) for group in self.ties))
         put(self, "alive", {name: np.asarray(steps, dtype=np.int64) for name, steps in self.alive.items()})
         if unknown := [name for name in (*self.alive, *self.transitions) if name not in self.quantities]:
@@ -198,7 +201,7 @@ class CostTable:
                 of at most x" is `problem({"sensitivity": x}, objective="size")`.
             pins: name patterns of layers (of units, where the table has no layers) and the option they take; a later
                 pattern overrides an earlier one.
-            **features: passed on to `AllocationProblem` (norm, max_formats, format_costs).
+            **features: passed on to `AllocationProblem`: norm, max_formats, and format_costs, here {option: cost}.
 
         Raises:
             ValueError: if a quantity is unknown, a budget has the wrong unit, a unit has no option left.
@@ -210,10 +213,16 @@ class CostTable:
         return build_problem(self, apply_budgets(self, budgets), objective, labels, features)
 
     def solve(self, budgets: Mapping[str, float | str], **settings: Any) -> Plan:
-        """The best plan of this table under budgets, without the model. Arguments: `mpq.planning.solve_table`."""
+        """The best plan of this table under budgets, without the model. Arguments: `mpq.planning.solve_units`."""
         from mpq.planning import solve_table
 
         return solve_table(self, budgets, **settings)
+
+    def pareto(self, resource: str, budgets: Mapping[str, float | str] | None = None, **settings: Any) -> Any:
+        """The `Frontier` between a resource and the sensitivity. Arguments: `mpq.planning.trade_off`."""
+        from mpq.planning import trade_off
+
+        return trade_off(self, resource, budgets, **settings)
 
     def quantity(self, name: str) -> FloatTable:
         """One quantity's array (units, options).
@@ -268,9 +277,10 @@ class CostTable:
 def _check_labels(role: str, labels: NDArray[np.str_]) -> None:
     if labels.size == 0:
         raise ValueError(f"table must have at least one of its {role}, got none")
-    unique, counts = np.unique(labels, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"table's {role} must differ, {str(unique[counts > 1][0])!r} is there twice")
+    words = labels.tolist()
+    if len(set(words)) < len(words):
+        twice = next(word for word, times in Counter(words).items() if times > 1)
+        raise ValueError(f"table's {role} must differ, {twice!r} is there twice")
 
 
 def _array(name: str, values: ArrayLike, shape: tuple[int, int]) -> FloatTable:

@@ -28,7 +28,14 @@ _NAME_WIDTH = 20  # what names of layers fold to before other columns give way
 
 def show_plan(plan: Plan) -> None:
     """The plan layer by layer, what it is predicted to cost, and how good it is proved to be."""
-    console = _console()
+    console = open_console()
+    show_layers(console, plan)
+    for line in plan_lines(plan):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def show_layers(console: Console, plan: Plan) -> None:
+    """The option of every layer, and what it takes."""
     rows = []
     largest = max(entry.value_bits * entry.layer.parameters for entry in plan.entries)
     pinned = _pinned(plan)
@@ -46,17 +53,15 @@ def show_plan(plan: Plan) -> None:
                 "█" * max(1, round(8 * entry.value_bits * layer.parameters / largest)),
             )
         )
-    _table(console, ("layer", "kind", "weights", "option", "bits", "size", "bytes"), rows, right=(2, 4, 5))
-    for line in plan_lines(plan):
-        console.print(line, soft_wrap=True, highlight=False)
+    print_table(console, ("layer", "kind", "weights", "option", "bits", "size", "bytes"), rows, right=(2, 4, 5))
 
 
 def plan_lines(plan: Plan) -> Iterable[str]:
     """What stands below the layers: totals, budgets, proof, price of pins."""
     full = plan.full_bytes
-    share = plan.size_bytes / full if full else float("nan")
+    share = f" of {format_quantity(full, 'B')} ({plan.size_bytes / full:.1%})" if full else ""
     yield (
-        f"size {format_quantity(plan.size_bytes, 'B')} of {format_quantity(full, 'B')} ({share:.1%}), "
+        f"size {format_quantity(plan.size_bytes, 'B')}{share}, "
         f"{plan.average_bits:.3f} bits a planned weight, scales included"
     )
     predicted = [
@@ -66,12 +71,17 @@ def plan_lines(plan: Plan) -> Iterable[str]:
     ]
     yield "predicted: " + (", ".join(predicted) or "nothing: the plan was edited by hand")
     if method := plan.provenance.get("sensitivity"):
-        yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples"
+        why = f": {plan.provenance['why']}" if "why" in plan.provenance else ""
+        yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{why}"
     for budget in plan.budgets:
         yield f"budget: {budget.meaning}"
     if plan.proof is not None:
         gap = "" if plan.proof.gap is None else f", gap {plan.proof.gap:.2g}"
         yield f"proof: {plan.proof.status} for the predicted table{gap}"
+    if robust := plan.provenance.get("robust"):
+        gap = "" if robust["gap"] is None else f", gap {robust['gap']:.2g}"
+        worst = f"{robust['worst_case']:.4g} at worst, {robust['standard_errors']:g} standard errors off"
+        yield f"robust: {worst} ({robust['status']}{gap})"
     if price := plan.provenance.get("price_of_pins"):
         text = ", ".join(
             f"{name} {'-' if value < 0 else '+'}{format_quantity(abs(value), plan.measures.get(name, ''))}"
@@ -103,7 +113,7 @@ def plan_csv(plan: Plan) -> str:
 
 def show_verification(verification: Verification, *, data: str = "held-out") -> None:
     """Measured figures of the plan, of uniform precisions and of full precision; `data` says on what."""
-    console = _console()
+    console = open_console()
     rows = [
         (
             row.name,
@@ -118,20 +128,20 @@ def show_verification(verification: Verification, *, data: str = "held-out") -> 
     ]
     name = verification.divergence_name
     header = ("", "size", f"{name} measured", "predicted", "loss", "agree", "fits")
-    _table(console, header, rows, right=(1, 2, 3, 4, 5))
+    print_table(console, header, rows, right=(1, 2, 3, 4, 5))
     console.print(f"measured on {verification.samples} {data} samples", highlight=False)
     console.print(verification.verdict, highlight=False, soft_wrap=True)
 
 
 def show_inspection(inspection: Inspection) -> None:
     """Layers, ties, reachable budgets, refused options, time and memory."""
-    console = _console()
+    console = open_console()
     network = inspection.priced.network
     rows = [
         (layer.name, layer.kind, "x".join(map(str, layer.weight_shape)), f"{layer.parameters:,}", f"{layer.macs:,}")
         for layer in network.layers
     ]
-    _table(
+    print_table(
         console,
         ("layer", "kind", "weight (out, in...)", "weights", f"MACs, {network.batch} samples"),
         rows,
@@ -150,7 +160,7 @@ def show_inspection(inspection: Inspection) -> None:
         )
         for reach in inspection.reaches
     ]
-    _table(console, ("budget", "smallest", "largest", "100% is", "reachable"), reach_rows, right=(1, 2, 3, 4))
+    print_table(console, ("budget", "smallest", "largest", "100% is", "reachable"), reach_rows, right=(1, 2, 3, 4))
     for (option, reason), layers in _grouped(inspection.refused).items():
         where = layers[0] if len(layers) == 1 else f"{len(layers)} layers ({', '.join(layers)})"
         console.print(f"refused: {option} in {where}: {reason}", highlight=False, soft_wrap=True)
@@ -195,13 +205,16 @@ def _grouped(refused: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], li
     return groups
 
 
-def _console() -> Console:
+def open_console() -> Console:
+    """Where tables and lines are printed."""
     from rich.console import Console
 
     return Console()
 
 
-def _table(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> None:
+def print_table(
+    console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...]
+) -> None:
     """Print a table that loses no character: names fold first, and a file or a pipe has room for every column."""
     from rich import box
     from rich.table import Table

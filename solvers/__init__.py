@@ -6,19 +6,41 @@ from typing import Protocol
 from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
 from mpq.suggestions import did_you_mean
 
+from .auto import AutoSolver
+from .bootstrap import Bootstrap, near_optimal_plans
+from .dynamic import DynamicSolver
 from .exhaustive import ExhaustiveSolver
 from .greedy import GreedySolver
 from .ilp import ILPSolver
+from .k_best import k_best
+from .lagrangian import LagrangianSolver
+from .multipliers import shadow_prices
+from .pareto import pareto_frontier
+from .quadratic import QuadraticSolver
+from .robust_plans import RobustAllocation, robust, with_residuals, worst_case
 
 __all__ = [
+    "AutoSolver",
+    "Bootstrap",
+    "DynamicSolver",
     "ExhaustiveSolver",
     "GreedySolver",
     "ILPSolver",
     "InfeasibleError",
+    "LagrangianSolver",
     "Proof",
+    "QuadraticSolver",
+    "RobustAllocation",
     "Solver",
     "available",
+    "k_best",
+    "near_optimal_plans",
+    "pareto_frontier",
+    "robust",
+    "shadow_prices",
     "solve",
+    "with_residuals",
+    "worst_case",
 ]
 
 
@@ -30,8 +52,11 @@ class Solver(Protocol):
 
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
-    "auto": ILPSolver,
+    "auto": AutoSolver,
     "ilp": ILPSolver,
+    "dynamic": DynamicSolver,
+    "lagrangian": LagrangianSolver,
+    "quadratic": QuadraticSolver,
     "greedy": GreedySolver,
     "exhaustive": ExhaustiveSolver,
 }
@@ -47,7 +72,7 @@ def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings:
 
     Args:
         problem: what to solve.
-        solver: "auto", "ilp", "greedy", "exhaustive", or a solver object such as ``ILPSolver(time_limit=10)``.
+        solver: a name of `available()`, or a solver object such as ``ILPSolver(time_limit=10)``.
         settings: fields of the named solver.
 
     Returns:

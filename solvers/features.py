@@ -21,5 +21,5 @@ def refuse(solver: str, features: frozenset[str], problem: AllocationProblem) ->
     missing = sorted(problem.features - features)
     if missing:
         raise ValueError(
-            f"solver {solver!r} does not take {', '.join(missing)}: use solver='ilp', which takes everything"
+            f"solver {solver!r} does not take {', '.join(missing)}: use solver='auto' or 'ilp', which take everything"
         )

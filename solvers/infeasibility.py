@@ -50,7 +50,7 @@ def explain(core: Core, minimise: Minimise) -> IntArray:
     if core.max_formats is not None and not reachable:
         raise InfeasibleError(_formats_message(core, minimise), {}, budgets)
     message = f"no plan meets all budgets. The smallest that can be reached: {'; '.join(sentences)}"
-    raise InfeasibleError(message + _ties_message(core, reachable), reachable, budgets)
+    raise InfeasibleError(message, reachable, budgets, _ties_in_the_way(core, reachable))
 
 
 def aimed_at(core: Core, name: str, kept: Collection[str]) -> Core:
@@ -88,7 +88,7 @@ def _formats_message(core: Core, minimise: Minimise) -> str:
     return f"max_formats={core.max_formats} cannot be kept: the options that the layers allow need {needed}"
 
 
-def _ties_message(core: Core, reachable: dict[str, float]) -> str:
+def _ties_in_the_way(core: Core, reachable: dict[str, float]) -> list[str]:
     """The ties without which a budget could be met on its own, where they alone stand in the way."""
     problem, blocking = core.problem, []
     for name, budget in problem.budgets.items():
@@ -101,5 +101,5 @@ def _ties_message(core: Core, reachable: dict[str, float]) -> str:
         for tie in problem.ties:
             members = list(tie)
             if table[members].sum(0).min() > free[members].sum():
-                blocking.append(f"({', '.join(problem.label(layer) for layer in members)}) for {name}")
-    return f"; ties that stand in the way: {', '.join(blocking)}" if blocking else ""
+                blocking.append(f"tie ({', '.join(problem.label(layer) for layer in members)}) for {name}")
+    return blocking

@@ -254,8 +254,10 @@ def merge(problem: AllocationProblem, reference: float | None = None) -> Core:
     Σ (score / reference)^p; options above the reference are left out, so pass the objective of a known plan.
     """
     groups = problem.groups
-    allowed = np.ones((int(groups.max()) + 1, len(problem.options)), dtype=bool)
-    np.logical_and.at(allowed, groups, problem.allowed)
+    allowed = problem.allowed.copy()
+    if problem.ties:
+        allowed = np.ones((int(groups.max()) + 1, len(problem.options)), dtype=bool)
+        np.logical_and.at(allowed, groups, problem.allowed)
     scores = np.where(problem.allowed, problem.objective, 0.0)
     is_power = 1 < problem.norm < math.inf
     if is_power:
@@ -265,14 +267,19 @@ def merge(problem: AllocationProblem, reference: float | None = None) -> Core:
     tables = [scores * (problem.norm != math.inf), *(problem.resources[name] for name in problem.budgets)]
     table = np.zeros((len(tables), *allowed.shape))
     for row, layers in zip(table, tables, strict=True):
-        np.add.at(row, groups, np.where(problem.allowed, layers, 0.0))
+        if problem.ties:
+            np.add.at(row, groups, np.where(problem.allowed, layers, 0.0))
+        else:
+            np.copyto(row, layers, where=problem.allowed)
+    couplings = tuple(_couplings(problem, table))
+    table[:, ~allowed] = 0.0
     offsets = np.array([problem.offsets.get(name, 0.0) for name in problem.budgets])
     budgets = np.array(list(problem.budgets.values()))
     return Core(
         problem=problem,
         allowed=allowed,
-        couplings=tuple(_couplings(problem, table)),
-        table=np.where(allowed, table, 0.0),
+        couplings=couplings,
+        table=table,
         limits=budgets + BUDGET_TOLERANCE * np.abs(budgets) - offsets,
         names=tuple(problem.budgets),
         steps=_step_rows(problem, allowed),

@@ -21,7 +21,10 @@ PLUGINS = ("solvers", "sensitivity", "hardware_models")
 FOLDERS = ("mpq", *PLUGINS)
 
 # What is no noun in mpq/: the verbs and what the command line is made of. Plug-ins import none of it.
-VERBS = r"__init__|__main__|pipeline|planning|verification|export(ing|_.*)|reporting|inspection|model_source|terminal"
+VERBS = (
+    r"__init__|__main__|pipeline|planning|verification|export(ing|_.*)|reporting|inspection|model_source|terminal"
+    r"|table_commands|table_report"
+)
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
     *("batches", "binary_coding", "cache", "dataflow", "demo", "demo_training", "fake_quantize", "gguf_blocks"),

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+import mpq
+from mpq.planning import solve_units
 from mpq.problem import AllocationProblem, InfeasibleError
 from mpq.solvers import ILPSolver
 
@@ -53,7 +55,8 @@ def test_peaks():
 def test_ties_in_the_way_are_named():
     found = error(objective=[[5.0, 1.0], [math.inf, 0.5]], budgets={"size": 10.5}, ties=[(0, 1)])
     assert found.reachable == {"size": 12.0}
-    assert str(found).endswith("; ties that stand in the way: (stem, head) for size")
+    assert str(found).endswith("; in the way: tie (stem, head) for size")
+    assert found.obstacles == ("tie (stem, head) for size",)
     assert "ties" not in str(error(budgets={"size": 5.0}, ties=[(0, 1)]))
 
 
@@ -73,3 +76,17 @@ def test_formats_count_with_the_budgets():
             objective=[[0, 0], [0, 0]], resources={"size": SIZE, "time": TIME}, budgets={"size": 9, "time": 12}
         )
     ).usage == {"size": 8.0, "time": 10.0}
+
+
+def test_pins_in_the_way_are_named():
+    """Either pin alone leaves a plan; together with the budget the wide one does not."""
+    table = mpq.CostTable(
+        units=["stem", "head"],
+        options=["int4", "int8"],
+        quantities={"sensitivity": [[5.0, 1.0], [3.0, 0.5]], "size": [[2.0, 4.0], [4.0, 8.0]]},
+    )
+    pins = {"head": "int8", "stem": "int4"}
+    with pytest.raises(InfeasibleError, match=r"can be reached is 10 B; in the way: pin head=int8$") as no:
+        solve_units(table, {"size": 9}, pins=pins)
+    assert no.value.obstacles == ("pin head=int8",)
+    assert solve_units(table, {"size": 9}, pins={"stem": "int4"}).options == {"stem": "int4", "head": "int4"}

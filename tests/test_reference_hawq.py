@@ -8,6 +8,8 @@ import pytest
 
 from mpq.problem import AllocationProblem
 from mpq.solvers import ExhaustiveSolver, GreedySolver, ILPSolver
+from mpq.solvers.dynamic import DynamicSolver
+from mpq.solvers.pareto import pareto_frontier
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published data at {REFERENCE}")
@@ -112,3 +114,24 @@ def test_greedy_is_close_and_its_bound_holds(data, optima, constraint):
         assert found.proof.bound <= best + 1e-9
         assert best - 1e-9 <= found.objective <= best * 1.1
         assert not problem.violations(found.choices)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6, 1e6, 1 / 3])
+@pytest.mark.parametrize("constraint", PUBLISHED)
+def test_complete_front(data, optima, constraint, unit):
+    """29, 24 and 41 points, in any unit: sums that differ by rounding are one point."""
+    costs = unit * whole_costs(data, constraint)
+    front = pareto_frontier(resnet18(data, costs, float(costs[:, 1].sum())), "cost")
+    assert len(front) == optima[constraint]["pareto_front_size"] == {"size": 29, "bops": 24, "latency": 41}[constraint]
+    for case in optima[constraint]["alpha_grid"]:
+        found = front.allocation(at=unit * case["limit"])
+        assert [int(label) for label in found.options] == case["bits"]
+        assert found.proof.status == "optimal"
+
+
+@pytest.mark.parametrize("constraint", PUBLISHED)
+def test_dynamic_programming_agrees(data, optima, constraint):
+    costs = whole_costs(data, constraint)
+    for case in optima[constraint]["alpha_grid"]:
+        found = DynamicSolver().solve(resnet18(data, costs, case["limit"], 1e-12))
+        assert [int(label) for label in found.options] == case["bits"]

@@ -112,7 +112,8 @@ class SolverContract:
     def test_another_process_gives_the_same_answer(self):
         here = [str(found) for found in (answer(self.solver, problem) for problem in self.problems())]
         code = (
-            "from mpq.solvers import *; import test_solvers as t; from random_problems import random_problem as r\n"
+            f"from {type(self.solver).__module__} import {type(self.solver).__name__}\n"
+            "import test_solvers as t; from random_problems import random_problem as r\n"
             f"for s in range({len(self.seeds)}): print(t.answer({self.solver!r}, r(s, kinds={self.kinds!r})))"
         )
         environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.path.dirname(__file__)}

@@ -75,6 +75,14 @@ def test_round_trip_is_exact(tmp_path, ending):
     )
 
 
+@pytest.mark.parametrize("units", [np.array(["a", "b"], dtype="<U40"), np.array(["a", "b"], dtype=object), ("a", "b")])
+def test_files_do_not_depend_on_how_labels_are_kept(tmp_path, units):
+    kept = table(units=units)
+    for ending in ("parquet", "csv"):
+        kept.save(tmp_path / f"table.{ending}")
+        same(kept, CostTable.load(tmp_path / f"table.{ending}"))
+
+
 def test_frame_and_back_aligns_by_label_whatever_the_order():
     original = table()
     frame = original.frame
@@ -202,10 +210,22 @@ def test_a_parquet_file_that_was_changed_is_refused(tmp_path):
     arrow = pq.read_table(path)
     metadata = arrow.schema.metadata
     frame = arrow.to_pandas()
-    frame.loc[0, "size [B]"] = 1.0
+    assert frame["size [B] | int8"].tolist() == [102.0, 22.0]
     import pyarrow as pa
 
-    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(metadata), path)
+    def write(changed):
+        pq.write_table(pa.Table.from_pandas(changed, preserve_index=False).replace_schema_metadata(metadata), path)
+
+    write(frame)
+    same(table(), CostTable.load(path))
+    changes = {"unit": ["a", "c"], "layer": [1, 0], "parameters": [100, 21], "size [B] | int8": [102.0, 22.5]}
+    swapped = {"size [B] | int4": frame["size [B] | int8"], "size [B] | int8": frame["size [B] | int4"]}
+    for wrong in ({column: values} for column, values in changes.items()), [swapped]:
+        for columns in wrong:
+            write(frame.assign(**columns))
+            with pytest.raises(ValueError, match="changed after mpq wrote it"):
+                CostTable.load(path)
+    write(frame.drop(columns="size [B] | int4"))
     with pytest.raises(ValueError, match="changed after mpq wrote it"):
         CostTable.load(path)
     pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path)
@@ -263,7 +283,10 @@ def test_totals_follow_the_aggregate():
     )
     assert other.reachable("stage") == (3.0, 5.0)
     assert other.reachable("peak") == (40.0, 60.0)
-    assert other.problem({"stage": "50%"}, objective="peak").peak_budgets == {"stage": 2.5}
+    worst = other.problem({"peak": "50%"}, objective="stage")
+    assert (worst.peak_budgets, worst.norm) == ({"peak": 30.0}, np.inf)
+    with pytest.raises(ValueError, match="'peak' is a peak over steps: it can have a budget"):
+        other.problem({}, objective="peak")
 
 
 def test_weights_are_whole_numbers_and_aggregates_have_a_name():
