@@ -154,8 +154,10 @@ def measure(
         **(method_settings or {}),
     )
     provenance = {"samples": samples_in(data), "seed": seed, "sensitivity": frame.attrs["method"]}
+    provenance |= {"why": frame.attrs["why"]} if "why" in frame.attrs else {}
     provenance |= {"task": frame.attrs["task"], "quantizer": repr(quantizer) if quantizer else "RoundToNearest()"}
-    return priced.table({"sensitivity": frame, "sensitivity_se": frame}, frame.attrs["measure"], provenance)
+    table = priced.table({"sensitivity": frame, "sensitivity_se": frame}, frame.attrs["measure"], provenance)
+    return replace(table, pairs=frame.attrs.get("pairs", {}))
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,45 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if _TYPE_CHECKING:
     from .additivity import Agreement, agreement
     from .channel_salience import ChannelSalience
-    from .estimation import automatic, estimate, estimate_together
+    from .checkpoint import score_checkpoint
+    from .entropy import Entropy
+    from .estimation import estimate, estimate_together
     from .first_order import FirstOrder
     from .fisher import Fisher
     from .fisher_full import FisherFull
+    from .ggn_trace import GGNTrace
+    from .hessian_trace import HessianTrace
+    from .interactions import Interactions
     from .kl import KL
+    from .layer_relevance import relevance
+    from .linearity import Linearity
     from .loss import Loss
+    from .lrp import LRP
     from .measurement import Estimator, Measurement, Scores
+    from .method_choice import automatic
+    from .obs import OBS
     from .output_fisher import OutputFisher
     from .output_mse import OutputMSE
     from .sqnr import SQNR
+    from .traces import layer_traces
     from .weight_error import WeightError
 
 __all__ = [
     "KL",
+    "LRP",
+    "OBS",
     "SQNR",
     "Agreement",
     "ChannelSalience",
+    "Entropy",
     "Estimator",
     "FirstOrder",
     "Fisher",
     "FisherFull",
+    "GGNTrace",
+    "HessianTrace",
+    "Interactions",
+    "Linearity",
     "Loss",
     "Measurement",
     "OutputFisher",
@@ -38,16 +56,26 @@ __all__ = [
     "available",
     "estimate",
     "estimate_together",
+    "layer_traces",
+    "relevance",
+    "score_checkpoint",
 ]
 
 # Name of a method: the file it lives in and its class there.
 METHODS = {
     "channel_salience": ("channel_salience", "ChannelSalience"),
+    "entropy": ("entropy", "Entropy"),
     "first_order": ("first_order", "FirstOrder"),
     "fisher": ("fisher", "Fisher"),
     "fisher_full": ("fisher_full", "FisherFull"),
+    "ggn_trace": ("ggn_trace", "GGNTrace"),
+    "hessian_trace": ("hessian_trace", "HessianTrace"),
+    "interactions": ("interactions", "Interactions"),
     "kl": ("kl", "KL"),
+    "linearity": ("linearity", "Linearity"),
     "loss": ("loss", "Loss"),
+    "lrp": ("lrp", "LRP"),
+    "obs": ("obs", "OBS"),
     "output_fisher": ("output_fisher", "OutputFisher"),
     "output_mse": ("output_mse", "OutputMSE"),
     "sqnr": ("sqnr", "SQNR"),
@@ -56,23 +84,33 @@ METHODS = {
 
 _HOME = {
     "Agreement": "additivity",
-    "agreement": "additivity",
-    "KL": "kl",
-    "Loss": "loss",
     "ChannelSalience": "channel_salience",
+    "Entropy": "entropy",
     "Estimator": "measurement",
     "FirstOrder": "first_order",
     "Fisher": "fisher",
     "FisherFull": "fisher_full",
+    "GGNTrace": "ggn_trace",
+    "HessianTrace": "hessian_trace",
+    "Interactions": "interactions",
+    "KL": "kl",
+    "LRP": "lrp",
+    "Linearity": "linearity",
+    "Loss": "loss",
     "Measurement": "measurement",
+    "OBS": "obs",
     "OutputFisher": "output_fisher",
     "OutputMSE": "output_mse",
     "SQNR": "sqnr",
     "Scores": "measurement",
     "WeightError": "weight_error",
-    "automatic": "estimation",
+    "agreement": "additivity",
+    "automatic": "method_choice",
     "estimate": "estimation",
     "estimate_together": "estimation",
+    "layer_traces": "traces",
+    "relevance": "layer_relevance",
+    "score_checkpoint": "checkpoint",
 }
 
 

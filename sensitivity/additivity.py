@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from mpq.batches import batches_of
 from mpq.options import Option
-from mpq.plan import Plan, uniform_plan
+from mpq.plan import AskedBudget, Plan, uniform_plan
 from mpq.progress import track
 from mpq.quantizer import Quantizer
 from mpq.random_plans import random_plans
@@ -22,7 +23,7 @@ from mpq.rank_correlation import kendall, spearman, spearman_at_top
 from mpq.surgery import evaluating, quantized
 from mpq.table_entries import entries_of
 from mpq.task_choice import choose_task
-from mpq.tasks import LossFunction, Outputs, Task, mean_and_error
+from mpq.tasks import LossFunction, Task, mean_and_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,30 +148,22 @@ def agreement(
     """
     rng = np.random.default_rng(seed)
     best = table.solve(budgets)
-    choices = _around(table, best, width, plans, rng)
-    predicted = np.array([_predicted(table, choice) for choice in choices])
+    choices = plans_around(table, best.budgets[0], width=width, count=plans, rng=rng)
+    predicted = np.array([predicted_by(table, choice) for choice in choices])
     candidates = [replace(best, entries=entries_of(table, choice)) for choice in choices]
-    batches = batches_of(data)
-    with evaluating(model), torch.no_grad():
-        chosen = choose_task(model, batches[0], task)
-        reference = [chosen.run(model, batch) for batch in batches]
-
-        def divergence(plan: Plan) -> tuple[float, float]:
-            with quantized(model, plan, quantizer=quantizer):
-                return _divergence(chosen, reference, [chosen.run(model, batch) for batch in batches])
-
+    with divergences(model, data, task=task, quantizer=quantizer) as divergence:
         measured = np.array(
             [divergence(candidates[i])[0] for i in track(range(len(candidates)), "plans", shown=progress)]
         )
         own = divergence(best)
-        fitting = {str(o): divergence(uniform_plan(best, o)) for o in _uniform(table, best)}
+        fitting = {str(option): divergence(uniform_plan(best, option)) for option in fitting_options(table, best)}
     uniform = min(((name, *figures) for name, figures in fitting.items()), key=lambda row: row[1], default=None)
     slope, ratio = _log_fit(predicted, measured)
     return Agreement(
         predicted=predicted,
         measured=measured,
         spearman=spearman(predicted, measured),
-        spearman_se=_resampled(predicted, measured, rng),
+        spearman_se=rank_error(predicted, measured, rng),
         kendall=kendall(predicted, measured),
         spearman_top=spearman_at_top(predicted, measured),
         slope=slope,
@@ -182,31 +175,52 @@ def agreement(
     )
 
 
-def _around(table: CostTable, best: Plan, width: float, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(plans, units): random plans whose cost of the first budget is within `width` of it."""
-    asked = best.budgets[0]
-    cost = np.where(table.allowed, table.quantity(asked.quantity), np.inf)
-    limit = asked.limit - table.offsets.get(asked.quantity, 0.0)
+@contextmanager
+def divergences(
+    model: nn.Module, data: Any, *, task: Task | LossFunction | str | None = None, quantizer: Quantizer | None = None
+) -> Iterator[Callable[[Plan], tuple[float, float]]]:
+    """A function that measures a plan's divergence from full precision and its standard error on the data."""
+    batches = batches_of(data)
+    with evaluating(model), torch.no_grad():
+        chosen = choose_task(model, batches[0], task)
+        reference = [chosen.run(model, batch) for batch in batches]
+
+        def divergence(plan: Plan) -> tuple[float, float]:
+            with quantized(model, plan, quantizer=quantizer):
+                outputs = (chosen.run(model, batch) for batch in batches)
+                parts = [chosen.divergence(exact, found).cpu() for exact, found in zip(reference, outputs, strict=True)]
+            return mean_and_error(torch.cat(parts))
+
+        yield divergence
+
+
+def plans_around(
+    table: CostTable, budget: AskedBudget, *, width: float, count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """(plans, units): random plans that cost within `width` of a budget, relatively.
+
+    Raises:
+        ValueError: if no plan does.
+    """
+    cost = np.where(table.allowed, table.quantity(budget.quantity), np.inf)
+    limit = budget.limit - table.offsets.get(budget.quantity, 0.0)
     problem = table.problem({})
     return random_plans(cost, problem.groups, low=limit * (1 - width), high=limit * (1 + width), count=count, rng=rng)
 
 
-def _predicted(table: CostTable, choices: NDArray[np.int64]) -> float:
-    return float(table.quantity("sensitivity")[np.arange(len(choices)), choices].sum())
+def predicted_by(table: CostTable, choice: NDArray[np.int64]) -> float:
+    """The sum of the scores of one option a unit, and of the terms for pairs where there are any."""
+    total = float(table.quantity("sensitivity")[np.arange(len(choice)), choice].sum())
+    return total + sum(float(terms[choice[i], choice[j]]) for (i, j), terms in table.pairs.items())
 
 
-def _divergence(task: Task, reference: list[Outputs], outputs: list[Outputs]) -> tuple[float, float]:
-    parts = [task.divergence(exact, output).cpu() for exact, output in zip(reference, outputs, strict=True)]
-    return mean_and_error(torch.cat(parts))
-
-
-def _uniform(table: CostTable, best: Plan) -> list[Option]:
-    """The options that keep every budget when all layers take them."""
+def fitting_options(table: CostTable, plan: Plan) -> list[Option]:
+    """The options that keep every budget of a plan when all layers take them."""
     found = []
     for column, label in enumerate(table.options):
         everywhere = np.where(table.allowed[:, column], column, table.allowed.argmax(1))
         usage = table.problem({}).evaluate(everywhere)[1]
-        if all(usage[budget.quantity] <= budget.limit * (1 + 1e-9) for budget in best.budgets):
+        if all(usage[budget.quantity] <= budget.limit * (1 + 1e-9) for budget in plan.budgets):
             found.append(Option.parse(label))
     return found
 
@@ -222,7 +236,7 @@ def _log_fit(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> t
     return slope, float(np.exp((y - x).mean()))
 
 
-def _resampled(predicted: NDArray[np.float64], measured: NDArray[np.float64], rng: np.random.Generator) -> float:
+def rank_error(predicted: NDArray[np.float64], measured: NDArray[np.float64], rng: np.random.Generator) -> float:
     """Standard error of Spearman's ρ by drawing the plans anew, with replacement."""
     draws = rng.integers(0, len(predicted), (RESAMPLES, len(predicted)))
     values = np.array([spearman(predicted[draw], measured[draw]) for draw in draws])

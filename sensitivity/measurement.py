@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from mpq.cache import Pieces
 from mpq.layers import Layer, Network, Units
 from mpq.options import Option
 from mpq.quantizer import Quantizer
+from mpq.ranks import Ranks
 from mpq.tasks import Task
 
 ScoreArray = NDArray[np.float64]  # (units, options)
@@ -25,7 +26,7 @@ class Measurement:
     """What is measured, on what.
 
     `candidates` has the options each layer may take; `units` the units of all layers in order; `pieces` holds finished
-    work of an earlier, interrupted run.
+    work of an earlier, interrupted run; `ranks` share out the work.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Measurement:
     seed: int
     pieces: Pieces
     progress: bool
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def units(self) -> Units:
@@ -56,11 +58,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means and standard errors, (units, options) each, NaN where the option is no candidate; and their measure."""
+    """Means and standard errors, (units, options) each, NaN where the option is no candidate; and their measure.
+
+    `pairs` has (options, options) terms to add for two units, by their positions; 0 where an option is no candidate.
+    """
 
     mean: ScoreArray
     standard_error: ScoreArray
     measure: str
+    pairs: Mapping[tuple[int, int], NDArray[np.float64]] = field(default_factory=dict)
 
 
 class Estimator(Protocol):

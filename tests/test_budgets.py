@@ -110,3 +110,22 @@ def test_formatted_quantities_read_back_to_three_digits(measure):
         text = format_quantity(value, measure)
         expected = round(value) if measure == "B" and value < 1000 else value
         assert parse_budget("x", text, measure).value == pytest.approx(expected, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "measure", "text"),
+    [
+        (9996.0, "B", "10.0 kB"),
+        (999.7, "B", "1.00 kB"),
+        (999_960.0, "B", "1.00 MB"),
+        (99_960.0, "B", "100 kB"),
+        (9.996e-6, "s", "10.0 us"),
+        (1e-3, "s", "1.00 ms"),
+        (-2500.0, "B", "-2.50 kB"),
+        (0.0, "B", "0 B"),
+        (0.25, "loss", "0.25"),
+        (2.5, "mm2", "2.5 mm2"),
+    ],
+)
+def test_quantities_have_three_digits_and_their_unit(value, measure, text):
+    assert format_quantity(value, measure) == text

@@ -241,7 +241,7 @@ class CountingLoader:
 def test_what_is_used_last_is_checked_before_anything_is_measured(late, monkeypatch):
     import mpq.sensitivity.kl as kl
 
-    monkeypatch.setattr(kl, "_row", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(kl.KL, "__call__", lambda *args: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"holdout|solver"):
         search(**late)
 
