@@ -20,9 +20,10 @@ from mpq.version import VERSION as _VERSION
 
 if _TYPE_CHECKING:
     from mpq.exporting import export
+    from mpq.frontier import Frontier
     from mpq.layers import Layer, Network
     from mpq.options import Option, SearchSpace
-    from mpq.pipeline import measure, search
+    from mpq.pipeline import measure, pareto, search
     from mpq.plan import Plan
     from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
     from mpq.surgery import quantized
@@ -37,6 +38,7 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "CostTable",
+    "Frontier",
     "InfeasibleError",
     "Layer",
     "Network",
@@ -46,6 +48,7 @@ __all__ = [
     "SearchSpace",
     "export",
     "measure",
+    "pareto",
     "quantized",
     "search",
     "trace",
@@ -56,6 +59,7 @@ _HOME = {
     "Allocation": "problem",
     "AllocationProblem": "problem",
     "CostTable": "tables",
+    "Frontier": "frontier",
     "InfeasibleError": "problem",
     "Layer": "layers",
     "Network": "layers",
@@ -65,6 +69,7 @@ _HOME = {
     "SearchSpace": "options",
     "export": "exporting",
     "measure": "pipeline",
+    "pareto": "pipeline",
     "quantized": "surgery",
     "search": "pipeline",
     "trace": "tracing",

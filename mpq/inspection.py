@@ -90,10 +90,14 @@ def inspect_model(
         method=str(method),
         task=next((name for name, known in TASKS.items() if known == chosen), type(chosen).__name__),
         samples=samples,
-        seconds=forward
-        * {"kl": runs + 1.0, "output_fisher": 3.0 + runs / max(len(candidates), 1)}.get(str(method), 0.0),
+        seconds=forward * _forwards(str(method), runs, runs / max(len(candidates), 1)),
         memory_bytes=_memory(priced, str(method)),
     )
+
+
+def _forwards(method: str, runs: int, options: float) -> float:
+    """What a method costs, in forward passes over the data; 0 where that is not known."""
+    return {"kl": runs + 1.0, "fisher": 6.0 + options, "output_fisher": 3.0 + options}.get(method, 0.0)
 
 
 def _forward_seconds(model: nn.Module, task: Any, batch: Any) -> float:
@@ -114,6 +118,6 @@ def _memory(priced: Priced, method: str) -> float:
     layers = priced.network.layers
     weights = np.array([layer.weight_bytes for layer in layers], float)
     activations = 4.0 * sum(layer.input_elements + layer.output_elements for layer in layers)
-    if method == "output_fisher":
+    if method in {"fisher", "output_fisher"}:
         return float(now + weights.sum() * len(priced.space.all_options) + activations)
     return float(now + 3 * weights.max())

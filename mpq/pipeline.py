@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
+    from mpq.frontier import Frontier
     from mpq.layers import Network, Units
 
 Candidates = Iterable[Option | str] | Mapping[str, Iterable[Option | str]]
@@ -89,6 +90,46 @@ def search(  # noqa: PLR0917 - the order is public
     verify = import_module("mpq.verification").verify
     report = verify(model, holdout, plan, task=settings.get("task"), quantizer=settings.get("quantizer"))
     return replace(plan, measured=report.measured)
+
+
+def pareto(
+    model: nn.Module,
+    data: Any,
+    options: Candidates,
+    resource: str,
+    budgets: Mapping[str, float | str] | None = None,
+    *,
+    hardware: Any = None,
+    pins: Mapping[str, Option | str] | None = None,
+    ties: Literal["auto"] | Iterable[str] | None = "auto",
+    epsilon: float = 0.0,
+    **settings: Any,
+) -> Frontier:
+    """Every plan that no other beats in both predicted loss and a resource.
+
+    Args:
+        model: as for `search`, and so are data, options, hardware, pins and ties.
+        data: calibration data.
+        options: formats a layer may take.
+        resource: the quantity to trade the loss for: "size", "latency", "bops".
+        budgets: limits that every point keeps.
+        hardware: needed for latency.
+        pins: name patterns and the option those layers take.
+        ties: "auto", None, or name patterns.
+        epsilon: leave out points that are better by less than this fraction; 0 keeps every one.
+        **settings: those of `measure` (sensitivity, task, granularity, quantizer, seed, cache, progress).
+
+    Returns:
+        The frontier, in order of the resource. `mpq.measure` and `table.pareto` do the same in two steps, of which the
+        second takes milliseconds.
+
+    Raises:
+        InfeasibleError: if no plan keeps the budgets.
+        ValueError: if a name, pattern, unit or the data is wrong.
+    """
+    budgets = budgets or {}
+    table = measure(model, data, SearchSpace(options, pins, ties), hardware=hardware, budgets=budgets, **settings)
+    return table.pareto(resource, budgets, epsilon=epsilon)
 
 
 def measure(

@@ -21,6 +21,7 @@ from mpq.table_entries import entries_of
 from mpq.table_problem import build_problem, totals
 
 if TYPE_CHECKING:
+    from mpq.frontier import Frontier
     from mpq.tables import CostTable
 
 
@@ -199,7 +200,7 @@ def trade_off(
     objective: str = "sensitivity",
     pins: Mapping[str, Option | str] | None = None,
     epsilon: float = 0.0,
-) -> Any:
+) -> Frontier:
     """The Pareto frontier of a table: every best exchange of a resource for the objective.
 
     Args:
@@ -224,9 +225,10 @@ def trade_off(
     labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
     problem = build_problem(table, limits, objective, labels, {})
     try:
-        return import_module("mpq.solvers.pareto").pareto_frontier(problem, resource, epsilon=epsilon)
+        front: Frontier = import_module("mpq.solvers.pareto").pareto_frontier(problem, resource, epsilon=epsilon)
     except InfeasibleError as error:
         raise _in_words(error, table, limits, error.obstacles) from error
+    return front
 
 
 def predict(table: CostTable, plan: Plan) -> dict[str, float]:

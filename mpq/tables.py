@@ -19,6 +19,7 @@ from mpq.suggestions import did_you_mean
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mpq.frontier import Frontier
     from mpq.options import Option
     from mpq.plan import Plan
     from mpq.problem import AllocationProblem
@@ -218,7 +219,7 @@ class CostTable:
 
         return solve_table(self, budgets, **settings)
 
-    def pareto(self, resource: str, budgets: Mapping[str, float | str] | None = None, **settings: Any) -> Any:
+    def pareto(self, resource: str, budgets: Mapping[str, float | str] | None = None, **settings: Any) -> Frontier:
         """The `Frontier` between a resource and the sensitivity. Arguments: `mpq.planning.trade_off`."""
         from mpq.planning import trade_off
 

@@ -29,7 +29,7 @@ from .unit_sums import sum_over_units
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNK = 2**22  # weights that are in memory at a time, or one row where that is longer
+CHUNK = 2**21  # weights that are in memory at a time, or one row where that is longer
 STACKED = 32  # a three-dimensional tensor whose last two axes are longer than this is a stack of matrices
 FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes a value
 INDEX = "model.safetensors.index.json"
@@ -82,8 +82,8 @@ def score_checkpoint(
         >>> from safetensors.torch import save_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"fc.weight": torch.tensor([[7.0, 3.5], [1.0, 0.0]])}, f"{folder}/model.safetensors")
-        ...     score_checkpoint(folder, ["int4", "int8"])["sensitivity"].round(5).tolist()
-        [0.00398, 0.0]
+        ...     score_checkpoint(folder, ["int4"])["sensitivity"].round(5).tolist()  # 0.5² / (7² + 3.5² + 1)
+        [0.00402]
     """
     import pandas as pd
 

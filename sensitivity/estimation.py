@@ -22,7 +22,7 @@ from mpq.task_choice import choose_task
 from mpq.tasks import LossFunction, Task
 
 from . import METHODS
-from .measurement import Estimator, Measurement, Scores
+from .measurement import Estimator, Measurement, Scores, check_ranks, check_weights
 from .method_choice import MethodChoice, choose_method
 from .one_pass import OnePassEstimator, run_together
 
@@ -73,9 +73,10 @@ def estimate(  # noqa: PLR0917 - the order is public
         terms for pairs of layers, by their positions, where the method measures any (`interactions`).
 
     Raises:
-        ValueError: if data, method, settings or options do not fit.
+        ValueError: if data, method, settings or options do not fit, or a weight is not finite or on the meta device.
     """
     batches = batches_of(data)
+    check_weights(model, network)
     with evaluating(model):
         chosen_task = choose_task(model, batches[0], task)
         default = partial(choose_method, network, space, samples_in(batches), granularity)
@@ -91,7 +92,7 @@ def estimate(  # noqa: PLR0917 - the order is public
             quantizer=quantizer or RoundToNearest(),
             seed=seed,
             pieces=Pieces(),
-            progress=progress,
+            progress=progress and Ranks.current().rank == 0,
             ranks=Ranks.current(),
         )
         scores = estimator(_with_pieces(measurement, cache, (estimator,)))
@@ -154,6 +155,7 @@ def estimate_together(
         (['fisher', 'output_fisher', 'kl'], ('0', 'int4'))
     """
     batches = batches_of(data)
+    check_weights(model, network)
     with evaluating(model):
         measurement = Measurement(
             model=model,
@@ -166,7 +168,7 @@ def estimate_together(
             quantizer=quantizer or RoundToNearest(),
             seed=seed,
             pieces=Pieces(),
-            progress=progress,
+            progress=progress and Ranks.current().rank == 0,
             ranks=Ranks.current(),
         )
         estimators = _named_estimators(methods, settings or {}, measurement, space)
@@ -205,10 +207,7 @@ def _named_estimators(
 def _with_pieces(measurement: Measurement, cache: Any, estimators: tuple[Estimator, ...]) -> Measurement:
     """The measurement with the finished pieces of these estimators, from a cache folder if there is one."""
     layers, options = measurement.network.layers, measurement.options
-    if measurement.ranks.world > 1:
-        settings = (ADDRESS.sub("", repr(estimators)), measurement.seed, measurement.granularity, layers, options)
-        for what, part in (("model", measurement.model), ("data", measurement.batches), ("settings", settings)):
-            measurement.ranks.agree(what, fingerprint_of([], description(part)))
+    check_ranks(measurement, *estimators)
     if cache is None:
         return measurement
     made_of = (measurement.task, measurement.seed, measurement.granularity, measurement.quantizer)

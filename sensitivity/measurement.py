@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from mpq.batches import Batch
-from mpq.cache import Pieces
+from mpq.cache import ADDRESS, Pieces, description, fingerprint_of
+from mpq.fake_quantize import FLOATS
 from mpq.layers import Layer, Network, Units
 from mpq.options import Option
 from mpq.quantizer import Quantizer
 from mpq.ranks import Ranks
+from mpq.surgery import layer_parameters
 from mpq.tasks import Task
 
 ScoreArray = NDArray[np.float64]  # (units, options)
@@ -54,6 +57,38 @@ class Measurement:
     def empty(self) -> ScoreArray:
         """(units, options) of NaN: nothing known yet."""
         return np.full((len(self.units), len(self.options)), np.nan)
+
+
+def check_weights(model: nn.Module, network: Network) -> None:
+    """Check that a model has values, and that those of its layers are finite.
+
+    Raises:
+        ValueError: if not; it names the first parameter or layer.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device and has no values: load the weights first, or score their file with "
+                "mpq.sensitivity.score_checkpoint"
+            )
+    for layer in network.layers:
+        weight = layer_parameters(model, layer)[0]
+        if weight.dtype in FLOATS and not bool(torch.isfinite(weight.detach()).all()):
+            raise ValueError(f"the weight of {layer.name!r} must be finite, it holds NaN or infinity")
+
+
+def check_ranks(measurement: Measurement, *settings: object) -> None:
+    """Check that all ranks measure the same: the whole model, data and settings, every number of them.
+
+    Raises:
+        ValueError: on every rank, if one has something else.
+    """
+    if measurement.ranks.world == 1:
+        return
+    all_settings = (measurement.seed, measurement.granularity, measurement.network.layers, measurement.options)
+    told = ADDRESS.sub("", repr((*all_settings, *settings)))
+    for what, part in (("model", measurement.model), ("data", measurement.batches), ("settings", told)):
+        measurement.ranks.agree(what, fingerprint_of([], description(part)))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .gauss_newton import gauss_newton_draws
 from .gradient_pass import Labels
 from .hessian_products import HessianProducts
 from .layer_probes import LayerTrace, probed_traces
-from .measurement import Measurement
+from .measurement import Measurement, check_ranks, check_weights
 from .trace_estimators import StoppingRule, hutch_plus_plus, seed_of, xtrace
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def layer_traces(
     rule = StoppingRule(probes=probes, tolerance=tolerance, absolute_tolerance=absolute_tolerance)
     blocks = Blocks(rule=rule, method=method, labels=labels)
     batches = batches_of(data)
+    check_weights(model, network)
     with evaluating(model):
         chosen = choose_task(model, batches[0], task)
         settings = (blocks, curvature, chosen, seed, network.layers)
@@ -171,9 +172,10 @@ def layer_traces(
             quantizer=RoundToNearest(),
             seed=seed,
             pieces=pieces_in(cache, key),
-            progress=progress,
+            progress=progress and Ranks.current().rank == 0,
             ranks=Ranks.current(),
         )
+        check_ranks(measurement, blocks, curvature)
         if curvature == "ggn":
             found = dict(enumerate(gauss_newton_draws(measurement, rule).traces()))
         else:

@@ -12,11 +12,11 @@ from .dynamic import DynamicSolver
 from .exhaustive import ExhaustiveSolver
 from .greedy import GreedySolver
 from .ilp import ILPSolver
-from .k_best import k_best
 from .lagrangian import LagrangianSolver
 from .multipliers import shadow_prices
 from .pareto import pareto_frontier
 from .quadratic import QuadraticSolver
+from .ranked_plans import k_best
 from .robust_plans import RobustAllocation, robust, with_residuals, worst_case
 
 __all__ = [

@@ -35,7 +35,8 @@ class QuadraticSolver:
 
     1. terms of pairs are moved into those of layers, and budgets priced, until the bound of what is left no longer
        rises (`pair_bound`); where pairs are chains or small blocks that bound is nearly the optimum;
-    2. tabu search, from the best plan without pairs and from one that the moved terms propose (`tabu_search`);
+    2. tabu search, from the best plan without pairs (as far as a tenth of the time goes) or a better one that the moved
+       terms propose (`tabu_search`);
     3. branch and bound on the moved terms looks for a better plan, until it has proved that there is none or has
        looked at ``proof_plans`` partial plans (`best_plans`).
 

@@ -13,8 +13,8 @@ from mpq.solvers import lagrangian_dual, pulp_adapter
 from mpq.solvers.exhaustive import ExhaustiveSolver
 from mpq.solvers.lagrangian import LagrangianSolver
 from mpq.solvers.lagrangian_dual import maximise
-from mpq.solvers.reduction import merge
 from mpq.solvers.multipliers import shadow_prices
+from mpq.solvers.reduction import merge
 
 TAKEN = ("ties", "forbidden", "negative", "whole", "norm")
 

@@ -18,17 +18,22 @@ def test_the_two_commands_stand_near_the_top():
     assert "make test" in top
 
 
-def test_the_python_block_runs_as_written(tmp_path, monkeypatch, capsys):
+def test_the_python_blocks_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     digits = demo.digits()
     names = {"model": demo.cnn(), "data": digits.calibration, "heldout": digits.holdout, "x": digits.holdout[0][0]}
-    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, solving = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     without_export, export = block.split("mpq.export")
     exec(compile(without_export, "README.md", "exec"), names)
     assert "uniform int4" in capsys.readouterr().out
     assert (tmp_path / "plan.json").is_file()
     pinned = names["plan"].with_options({"separable.depthwise": "fp32"})  # torchao runs no grouped convolution
     exec(compile(f"import mpq\nmpq.export{export.replace('plan', 'pinned')}", "README.md", "exec"), {"pinned": pinned})
+    names["plan"].table.save("table.parquet")
+    exec(compile(f"import mpq\n{solving}", "README.md", "exec"), again := {})
+    assert len(set(again["plan"].options.values())) <= 2
+    assert again["small"].predicted["sensitivity"] <= 0.01
+    assert len(again["front"]) > 20
 
 
 def test_the_shown_plan_is_what_the_demo_finds():

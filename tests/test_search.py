@@ -124,9 +124,9 @@ def test_impossible_budgets_are_refused_before_anything_is_measured(monkeypatch)
     def never(*args, **kwargs):
         raise AssertionError("measured")
 
-    import mpq.sensitivity.estimation as estimation
+    import mpq.sensitivity.kl as kl
 
-    monkeypatch.setattr(estimation, "KL", never)
+    monkeypatch.setattr(kl.KL, "__call__", never)
     with pytest.raises(mpq.InfeasibleError, match=r"size.*\d"):
         search(budgets={"size": "1%"})
     with pytest.raises(mpq.InfeasibleError) as caught:
@@ -294,3 +294,14 @@ def test_a_verdict_needs_a_kept_budget_and_more_than_one_sample():
 def test_an_increase_of_the_users_loss_is_not_called_kl():
     report = mpq.verify(cnn(), images(), search(), task=lambda model, batch: model(batch[0]).square().mean(1))
     assert set(report.measured) == {"loss added", "loss added_se", "loss"}
+
+
+def test_the_frontier_of_a_model_holds_the_plans_of_every_budget():
+    front = mpq.pareto(cnn(), images(), OPTIONS, "size", ties=None, progress=False)
+    table = mpq.measure(cnn(), images(), mpq.SearchSpace(OPTIONS, ties=None), progress=False)
+    assert (np.diff(front.resource) > 0).all()
+    assert (np.diff(front.objective) < 0).all()
+    for share in ("30%", "45%", "60%"):
+        plan = table.solve({"size": share})
+        at = front.allocation(at=plan.budgets[0].limit)
+        assert at.objective == pytest.approx(plan.predicted["sensitivity"], rel=1e-9)

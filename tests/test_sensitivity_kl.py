@@ -119,17 +119,52 @@ def test_a_weight_with_nan_is_an_error_that_names_the_layer():
 
 
 def test_automatic_measures_small_models_and_estimates_large_ones(monkeypatch):
-    from mpq.sensitivity import KL, OutputFisher, WeightError, automatic, estimation
+    from mpq.sensitivity import KL, Fisher, automatic, method_choice
 
     model, data = cnn(), images()
     network, space = mpq.trace(model, data[0][0]), SearchSpace(["int4", "int8"])
     assert automatic(network, space, 6) == KL()
-    assert automatic(network, space, 6, "rows:2") == OutputFisher()
-    assert automatic(network, space, 6, "groups:2") == WeightError()
-    monkeypatch.setattr(estimation, "MEASURED_MACS", 1.0)
-    assert automatic(network, space, 6) == OutputFisher()
-    experts = mpq.trace(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8))
-    assert automatic(experts, space, 6) == KL()
+    assert automatic(network, space, 6, "rows:2") == automatic(network, space, 6, "groups:2") == Fisher()
+    macs = sum(layer.macs for layer in network.layers) / network.batch * 8  # 4 layers x 2 options
+    monkeypatch.setattr(method_choice, "MEASURED_MACS", macs * 6)
+    assert automatic(network, space, 6) == KL()
+    assert automatic(network, space, 7) == Fisher()
+
+
+def test_automatic_says_why(monkeypatch):
+    from mpq.sensitivity import method_choice
+
+    frame, _ = estimate(cnn(), images(), ["int4", "int8"], method="auto")
+    assert "all 8 choices" in frame.attrs["why"]
+    named, _ = estimate(cnn(), images(), ["int4", "int8"])
+    assert "why" not in named.attrs
+    split, _ = estimate(cnn(), images(), ["int4", "int8"], method="auto", granularity="groups:2")
+    assert "groups:2" in split.attrs["why"]
+    assert split.attrs["method"].startswith("Fisher")
+    monkeypatch.setattr(method_choice, "MEASURED_MACS", 1.0)
+    model, data = cnn(), images()
+    given = model, data, mpq.trace(model, data[0][0]), SearchSpace(["int4"])
+    frames = mpq.sensitivity.estimate_together(*given, ["auto", "weight_error"], progress=False)
+    assert frames["auto"].attrs["method"].startswith("Fisher")
+    assert "beyond 1e+00 it is estimated" in frames["auto"].attrs["why"]
+    assert "why" not in frames["weight_error"].attrs
+
+
+def test_automatic_scores_weights_that_functions_use_however_fine_the_units(monkeypatch):
+    from mpq.sensitivity import method_choice
+
+    torch.manual_seed(0)
+    block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    data = [torch.randn(2, 3, 8)]
+    monkeypatch.setattr(method_choice, "MEASURED_MACS", 1.0)
+    network = mpq.trace(block, data[0])
+    assert any(layer.module is None for layer in network.layers)
+    for granularity in ("layer", "groups:4"):
+        given = {"task": "features", "granularity": granularity, "progress": False}
+        frame = mpq.sensitivity.estimate(block, data, network, SearchSpace(["int2", "int8"]), **given)
+        scores = frame["sensitivity"].unstack(sort=False)
+        assert scores.notna().all(axis=None)
+        assert scores["int2"].sum() > 10 * scores["int8"].sum() > 0
 
 
 def test_finished_pieces_are_not_reused_for_other_candidates_or_another_loss(tmp_path):

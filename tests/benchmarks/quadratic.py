@@ -17,8 +17,8 @@ import numpy as np
 
 from mpq.problem import AllocationProblem
 from mpq.solvers import ILPSolver
-from mpq.solvers.k_best import k_best
 from mpq.solvers.quadratic import QuadraticSolver
+from mpq.solvers.ranked_plans import k_best
 
 BITS = {3: (2, 4, 8), 4: (2, 3, 4, 8), 5: (2, 3, 4, 6, 8)}
 

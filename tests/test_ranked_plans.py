@@ -9,8 +9,8 @@ from test_solvers import answer, scaled
 
 from mpq.problem import AllocationProblem, InfeasibleError
 from mpq.solvers import ILPSolver, crowd, plan_enumeration
-from mpq.solvers.k_best import k_best
 from mpq.solvers.narrowing import Outcome
+from mpq.solvers.ranked_plans import k_best
 from mpq.solvers.reduction import merge
 
 
@@ -103,20 +103,36 @@ def test_sixty_layers_by_dynamic_programming(scale):
         assert close(allocation.objective, objective)
 
 
-def test_three_budgets_by_all_plans_at_once():
+@pytest.mark.parametrize(
+    "forced", [{}, {"WORK": 20, "WIDTH": 3}, {"WIDTH": 3}], ids=["usual", "branches", "small crowds"]
+)
+@pytest.mark.parametrize("budgets", ["a", "abc"])
+def test_eight_layers_by_all_plans_at_once(budgets, forced, monkeypatch):
+    for name, value in forced.items():
+        monkeypatch.setattr(plan_enumeration, name, value)
     for seed in range(3):
         rng = np.random.default_rng(seed)
         bits = np.array([2.0, 3.0, 4.0, 8.0])
         scores = rng.lognormal(0, 1.5, (8, 1)) * 4.0**-bits * rng.lognormal(0, 0.3, (8, 4))
-        resources = {name: rng.lognormal(3, 1, (8, 1)) * bits * rng.uniform(0.5, 1, (8, 4)) for name in "abc"}
-        budgets = {name: float(0.55 * table.max(1).sum()) for name, table in resources.items()}
-        problem = AllocationProblem(objective=scores, resources=resources, budgets=budgets)
+        resources = {name: rng.lognormal(3, 1, (8, 1)) * bits * rng.uniform(0.5, 1, (8, 4)) for name in budgets}
+        limits = {name: float(0.55 * table.max(1).sum()) for name, table in resources.items()}
+        problem = AllocationProblem(objective=scores, resources=resources, budgets=limits)
         plans = np.indices((4,) * 8).reshape(8, -1)
         total = {name: table[np.arange(8)[:, None], plans].sum(0) for name, table in resources.items()}
-        fits = np.logical_and.reduce([total[name] <= budgets[name] for name in "abc"])
-        objectives = np.sort(scores[np.arange(8)[:, None], plans].sum(0)[fits])[:200]
-        found = [allocation.objective for allocation in k_best(problem, 200)]
-        assert found == pytest.approx(objectives.tolist(), rel=1e-12)
+        fits = np.logical_and.reduce([total[name] <= limits[name] for name in budgets])
+        objectives = np.sort(scores[np.arange(8)[:, None], plans].sum(0)[fits])
+        for k in (5, 200):
+            found = [allocation.objective for allocation in k_best(problem, k)]
+            assert found == pytest.approx(objectives[:k].tolist(), rel=1e-12)
+
+
+def test_over_a_budget_by_less_than_the_rounding_of_sums():
+    budget = 1 / (1 + 1e-9 * (1 + 1e-4))
+    problem = AllocationProblem(
+        objective=[[0.0, 1.0], [0.0, 5.0]], resources={"size": [[1.0, 0.5], [0.0, 0.0]]}, budgets={"size": budget}
+    )
+    assert not problem.is_feasible([0, 0])
+    assert [allocation.choices.tolist() for allocation in k_best(problem, 9)] == [[1, 0], [1, 1]]
 
 
 def test_units_do_not_matter():
@@ -240,12 +256,16 @@ def test_the_time_limit_is_positive():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_what_is_dropped_has_k_no_worse(rows):
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_dropped_has_k_others_nowhere_worse(rows, whole):
     rng = np.random.default_rng(rows)
-    values = rng.integers(0, 12, (rows, 900)).astype(float)
+    values = rng.uniform(0, 12, (rows, 2000))
+    values = np.floor(values) if whole or rows == 3 else values
     kept = crowd._undominated(values, 3) if rows < 3 else crowd._few_equal(values, 3)
-    assert 3 <= len(kept) < 900
-    for index in sorted({*range(900)} - {*kept.tolist()}):
+    assert 3 <= len(kept) < 2000
+    for index in sorted({*range(2000)} - {*kept.tolist()}):
+        others = np.delete(values, index, axis=1)
+        assert (others <= values[:, [index]]).all(0).sum() >= 3
         assert (values[:, kept] <= values[:, [index]]).all(0).sum() >= 3
 
 
