@@ -29,9 +29,9 @@ from .unit_sums import sum_over_units
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNK = 2**21  # weights that are in memory at a time, or one row where that is longer
+CHUNK = 2**20  # weights that are in memory at a time, or one row where that is longer
 STACKED = 32  # a three-dimensional tensor whose last two axes are longer than this is a stack of matrices
-FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes a value
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
 
 
@@ -118,8 +118,8 @@ class _Stored:
     """A tensor in a file, seen as (rows, in...): the first axis in front, matrices of a stack one below the other."""
 
     file: Path
-    name: str
-    shape: tuple[int, ...]
+    offset: int
+    dtype: str
     layer: Layer
 
     def errors(self, formats: Iterable[NumberFormat], granularity: str) -> dict[NumberFormat, ScoreArray]:
@@ -135,7 +135,7 @@ class _Stored:
             for fmt in formats:
                 rounded = _rounded(rows, fmt, limits, self.layer, granularity)
                 squared = (rounded.double() - rows.double()).square_().reshape(len(rows), -1)
-                parts[fmt].append(sum_over_units(squared, granularity).numpy())
+                parts[fmt].append(np.array(sum_over_units(squared, granularity).tolist()))  # no tensor between chunks
         join = (lambda of: np.sum(of, axis=0)) if kind == "layer" else np.concatenate
         absolute = {fmt: join(of) for fmt, of in parts.items()}
         return {fmt: np.stack([of / (energy or 1.0), of]) for fmt, of in absolute.items()}
@@ -146,26 +146,20 @@ class _Stored:
         return torch.stack([ends[:, 0].min(), ends[:, 1].max()])
 
     def _chunks(self, multiple: int) -> Iterator[Tensor]:
-        """Some rows at a time, a multiple of so many; the file is closed between: what was read of it fills memory."""
+        """Some rows at a time, a multiple of so many."""
         count, *inner = self.layer.weight_shape
         step = max(1, CHUNK // (prod(inner) * multiple)) * multiple
         for start in range(0, count, step):
             yield self._read(start, min(start + step, count))
 
     def _read(self, start: int, stop: int) -> Tensor:
-        try:
-            with safe_open(self.file, framework="pt") as opened:
-                found = opened.get_slice(self.name)
-                if len(self.shape) == len(self.layer.weight_shape):
-                    return torch.clone(found[start:stop])
-                height = self.shape[1]
-                parts = [
-                    found[matrix : matrix + 1, max(start - matrix * height, 0) : min(stop - matrix * height, height)][0]
-                    for matrix in range(start // height, -(-stop // height))
-                ]
-                return torch.cat([part.clone() for part in parts])
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read tensor {self.name!r} of {str(self.file)!r}: {error}") from error
+        """Rows, read rather than mapped into memory, where pages would stay."""
+        size, row = FLOATS[self.dtype].itemsize, prod(self.layer.weight_shape[1:])
+        content = np.empty((stop - start) * row * size, dtype=np.uint8)
+        with self.file.open("rb") as opened:
+            opened.seek(self.offset + start * row * size)
+            opened.readinto(content.data)
+        return torch.from_numpy(content).view(FLOATS[self.dtype]).reshape(stop - start, *self.layer.weight_shape[1:])
 
 
 def _rounded(rows: Tensor, fmt: NumberFormat, limits: Tensor, layer: Layer, granularity: str) -> Tensor:
@@ -212,18 +206,27 @@ def _layers_in(files: Mapping[Path, list[str] | None], include: list[str]) -> tu
     for file, names in files.items():
         try:
             with safe_open(file, framework="pt") as opened:
+                offsets = _offsets(file)
                 for name in opened.keys() if names is None else names:
                     found = opened.get_slice(name)
                     shape, dtype = tuple(found.get_shape()), found.get_dtype()
                     if why := _no_layer(name, shape, dtype, include):
                         skipped[name] = why
                     else:
-                        stored.append(_Stored(file, name, shape, _layer(name, shape, dtype)))
+                        stored.append(_Stored(file, offsets[name], dtype, _layer(name, shape, dtype)))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {str(file)!r}: {error}") from error
     if not stored:
         raise ValueError(f"a checkpoint must have a tensor to score, include={include} leaves none: {_some(skipped)}")
     return stored, skipped
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Where in a file, which safetensors has found to be whole, each tensor starts."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _no_layer(name: str, shape: tuple[int, ...], dtype: str, include: list[str]) -> str:
@@ -248,7 +251,15 @@ def _layer(name: str, shape: tuple[int, ...], dtype: str) -> Layer:
     kind = "experts" if stack else "linear" if len(shape) == 2 else f"conv{len(shape) - 2}d"
     count = prod(shape)
     return Layer(
-        _layer_name(name), kind, seen, count, 0, (1,), (1,), weight_name=name, weight_bytes=count * FLOATS[dtype]
+        _layer_name(name),
+        kind,
+        seen,
+        count,
+        0,
+        (1,),
+        (1,),
+        weight_name=name,
+        weight_bytes=count * FLOATS[dtype].itemsize,
     )
 
 

@@ -13,6 +13,7 @@ import mpq
 from mpq.fake_quantize import fake_quantize
 from mpq.formats import parse
 from mpq.sensitivity import agreement
+from mpq.sensitivity.additivity import predicted_by
 
 OPTIONS = ["int2", "int3", "int4", "int6", "int8"]
 
@@ -95,3 +96,15 @@ def test_noise_of_the_scores_is_reported():
     assert "change option within the scores' noise" in found.verdict
     exact = replace(table, quantities={**table.quantities, "sensitivity_se": 0 * scores})
     assert measured_with(exact, plans=5).changed == 0
+
+
+def test_a_prediction_counts_the_terms_for_pairs():
+    table = table_of(Branches(), inputs(samples=4))
+    rng = np.random.default_rng(0)
+    blocks = {(0, 3): rng.normal(size=(5, 5)), (2, 1): rng.normal(size=(5, 5))}
+    paired = replace(table, pairs=blocks)
+    for choice in rng.integers(0, 5, (5, 8)):
+        sums = sum(table.quantity("sensitivity")[unit, option] for unit, option in enumerate(choice))
+        terms = blocks[0, 3][choice[0], choice[3]] + blocks[2, 1][choice[2], choice[1]]
+        assert predicted_by(paired, choice) == pytest.approx(sums + terms)
+        assert predicted_by(paired, choice) == pytest.approx(paired.problem({}).evaluate(choice)[0])

@@ -130,17 +130,17 @@ from mpq.sensitivity import score_checkpoint
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-score_checkpoint(sys.argv[1], ["int4@tensor"], include="small")
+score_checkpoint(sys.argv[1], ["int8"], include="small")
 before = peak()
-score_checkpoint(sys.argv[1], ["int4@tensor"], include="big")
+score_checkpoint(sys.argv[1], ["int8"], include="big")
 print(peak() - before, peak())
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_a_tensor_of_many_chunks_takes_the_memory_of_a_few(tmp_path):
-    shape, small = [8 * 1024, 4096], 8 * 16
-    size = 8 * shape[0] * shape[1]  # 256 MB of zeros that take no room on disk
+    shape, small = [16 * 1024, 4096], 8 * 16
+    size = 8 * shape[0] * shape[1]  # 512 MB of zeros that take no room on disk
     entries = {"small": {"dtype": "F64", "shape": [4, 4], "data_offsets": [0, small]}}
     entries["big"] = {"dtype": "F64", "shape": shape, "data_offsets": [small, small + size]}
     header = json.dumps(entries).encode()

@@ -131,6 +131,18 @@ def test_automatic_measures_small_models_and_estimates_large_ones(monkeypatch):
     assert automatic(network, space, 7) == Fisher()
 
 
+def test_automatic_has_no_gradients_of_units_that_no_sample_meets():
+    from mpq.sensitivity import KL, Fisher, WeightError, automatic
+
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 4), torch.nn.Linear(4, 20)).eval()
+    network = mpq.trace(model, torch.randint(0, 20, (2, 3)))
+    free, pinned = SearchSpace(["int4", "int8"]), SearchSpace(["int4", "int8"], pins={"0": "int8"})
+    for granularity in ("rows:1", "groups:2"):
+        assert automatic(network, free, 6, granularity) == WeightError()
+        assert automatic(network, pinned, 6, granularity) == Fisher()
+    assert automatic(network, free, 6) == KL()
+
+
 def test_automatic_says_why(monkeypatch):
     from mpq.sensitivity import method_choice
 
