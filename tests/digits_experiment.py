@@ -1,14 +1,17 @@
 """A small residual CNN on handwritten digits, random plans in three bands of bits, and what they do to the outputs.
 
 Eight layers, about 95 % of the test digits right; weights per output channel, {2, 3, 4, 6, 8} bits, inputs in full
-precision; 512 calibration images; the truth is the test images' mean KL from full precision.
+precision; 512 calibration images; the truth is the test images' mean KL from full precision. The trained weights are
+beside this file, for training depends on the number of threads: ``python tests/digits_experiment.py`` makes them again.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
@@ -18,6 +21,7 @@ from mpq.random_plans import random_plans
 from mpq.table_entries import entries_of
 from mpq.tasks import Distribution
 
+WEIGHTS = Path(__file__).parent / "digits_cnn.safetensors"
 BITS = (2, 3, 4, 6, 8)
 BANDS = ((2.2, 2.8), (3.3, 3.8), (4.5, 5.5))
 PLANS = 100
@@ -66,13 +70,12 @@ class Experiment:
 
 @cache
 def experiment():
-    """Train, draw, measure: about twenty seconds. Everything is seeded."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    x = torch.tensor(images[order] / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    y = torch.tensor(labels[order])
-    train, calibration, test = slice(0, 800), slice(800, 1312), slice(1312, None)
-    model = trained(x[train], y[train])
+    """Load, draw, measure: some ten seconds. Everything is seeded."""
+    x, y = digits()
+    calibration, test = slice(800, 1312), slice(1312, None)
+    model = DigitsCNN()
+    model.load_state_dict(load_file(WEIGHTS))
+    model.eval()
     data = [(x[calibration], y[calibration])]
     network = mpq.trace(model, data[0][0])
     space = mpq.SearchSpace([f"int{bits}" for bits in BITS], ties=None)
@@ -83,7 +86,15 @@ def experiment():
     return Experiment(model, data, network, space, accuracy, plans, measured)
 
 
+def digits():
+    """Images (1797, 1, 8, 8) and labels, shuffled: 800 to train on, 512 to calibrate, the rest to test."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    return torch.tensor(images[order] / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels[order])
+
+
 def trained(x, y, epochs=30):
+    """The net after some seconds of training."""
     torch.manual_seed(0)
     model = DigitsCNN()
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
@@ -126,3 +137,8 @@ def empty_table(network, space):
         quantities={"sensitivity": np.zeros(shape)},
         layers=network.layers,
     )
+
+
+if __name__ == "__main__":
+    everything = digits()
+    save_file(trained(everything[0][:800], everything[1][:800]).state_dict(), WEIGHTS)
