@@ -22,8 +22,8 @@ from .pruning import TooManyLabelsError
 from .reduction import Core, merge
 
 SUMS = frozenset({"several budgets", "p-norm"})
-EFFORTS = (Effort(2000, 1e6), Effort(20_000, 3e7))
-FIRST, GROWTH = 16, 1.6  # open groups of the first core, and of every next one
+EFFORTS = (Effort(1000, 1e6), Effort(6000, 6e6), Effort(20_000, 3e7))
+FIRST, GROWTH = 20, 1.7  # open groups of the first core, and of every next one
 DEEP = 96  # open groups decided in one run
 LABELS, LABELS_A_SECOND = 2e5, 1e4  # partial plans a list, and so many at most a second of the time limit
 SMALL = 2e7  # plans; so few are always searched to the end
