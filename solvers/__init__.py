@@ -94,5 +94,5 @@ def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings:
             raise TypeError(f"settings go with a solver's name, got {settings} beside {solver!r}")
         return solver.solve(problem)
     if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}{did_you_mean(solver, SOLVERS)}")
+        raise ValueError(f"there is no solver {solver!r}{did_you_mean(solver, SOLVERS)}")
     return SOLVERS[solver](**settings).solve(problem)
