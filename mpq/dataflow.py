@@ -8,19 +8,18 @@ from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from itertools import count
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mpq.activations import Activations
+from mpq.calls import COPIES, Call, Trail, has_format, tensors, written
 from mpq.parameters import Layout, Piece, Weights, convolution_layout, identity, product_layout, storage
 
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv", "mv", "dot", "linear", "matmul"}
-_COPIES = {"clone", "_to_copy", "_unsafe_view", "lift_fresh"}
 _GATHERS = {"index", "index_select"}
 
 
@@ -38,16 +37,7 @@ class Use:
     sources: int = 0  # the uses whose outputs reach the input through operations that are no layers
     ancestors: int = 0  # those, theirs, and so on
     root: int = 0  # the tensor that was read, whatever its shape
-
-
-class Trail(NamedTuple):
-    """What is known of a tensor."""
-
-    sources: int
-    root: int
-    shape: tuple[int, ...]  # of the root
-    direct: int = 0  # the uses whose outputs it is, or is the sum of, seen through batch norm
-    copied: Piece | None = None  # the parameter it is a copy of
+    value: int = 0  # what it wrote, in `mpq.buffers.Liveness`
 
 
 class Ties:
@@ -84,12 +74,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
         inside: Parameters whose module is running and will report itself.
         touched: Parameters that were the operand of any operation.
         overwritten: (tensor, value before) of watched tensors, to be put back in reverse order.
+        activations: The tensors that are stored on the way, and the runs of attention.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, weights: Weights, watched: Iterable[Tensor] = ()) -> None:
+    def __init__(self, weights: Weights, watched: Iterable[Tensor] = (), *, activations: Activations) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.activations = activations
         self.weights = weights
         self.uses: list[Use] = []
         self.ties = Ties()
@@ -112,7 +104,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        call = Call(func, args, tensors((args, kwargs)), _written(func, args, kwargs))
+        call = Call(func, args, tensors((args, kwargs)), written(func, args, kwargs))
         self._keep(call)
         trails = [self.trail(operand) for operand in call.operands]
         result = _run(call, kwargs)
@@ -131,17 +123,30 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
         trails = [self.trail(tensor) for tensor in inputs]
         sources = _union(trail.sources for trail in trails)
         ancestors = sources | _union(self.uses[i].ancestors for i in members(sources))
-        self.uses.append(replace(use, sources=sources, ancestors=ancestors, root=trails[0].root))
+        value = self.activations.layer(trails, prod(use.output_shape), use.weight)
+        self.uses.append(replace(use, sources=sources, ancestors=ancestors, root=trails[0].root, value=value))
         return 1 << len(self.uses) - 1
 
     def mark(self, output: Tensor, use: int) -> None:
         """Declare ``output`` the output of a use."""
-        self._trails[output] = self._fresh(output, use, use)
+        self._trails[output] = self._fresh(output, use, use, self.uses[use.bit_length() - 1].value)
 
-    def _fresh(self, tensor: Tensor, sources: int = 0, direct: int = 0) -> Trail:
-        if not _has_format(tensor):
+    def give(self, tensor: Tensor) -> None:
+        """Declare ``tensor`` an input of the network."""
+        trail = self.trail(tensor)
+        if not trail.value:
+            self._trails[tensor] = trail._replace(value=self.activations.liveness.given(tensor.numel()))
+
+    def attend(self, operands: list[Tensor], output: Tensor) -> None:
+        """Declare ``output`` the result of attention over queries, keys, values and perhaps a mask."""
+        if not self.inside:
+            value = self.activations.attend(operands, [self.trail(operand) for operand in operands], output)
+            self._trails[output] = self.trail(output)._replace(value=value)
+
+    def _fresh(self, tensor: Tensor, sources: int = 0, direct: int = 0, value: int = 0) -> Trail:
+        if not has_format(tensor):
             sources = direct = 0
-        return Trail(sources, next(self._roots), tuple(tensor.shape), direct)
+        return Trail(sources, next(self._roots), tuple(tensor.shape), direct, None, value, tensor.numel())
 
     def _keep(self, call: "Call") -> None:
         self.touched.update(self._names[id(operand)] for operand in call.operands if id(operand) in self._names)
@@ -165,21 +170,37 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
             sources = _union(trail.sources for trail in trails)
             self._meet(call)
             direct = self._direct(call, trails)
-        for position, output in enumerate(outputs):
-            trail = None if applied else self._same(call, trails, output)
-            self._trails[output] = trail or self._fresh(output, sources, 0 if position else direct)
+        known = [None if applied else self._same(call, trails, output) for output in outputs]
+        values = self._values(call, trails, outputs, known, layer=applied is not None)
+        for position, (output, trail, value) in enumerate(zip(outputs, known, values, strict=True)):
+            fresh = trail or self._fresh(output, sources, 0 if position else direct, value)
+            self._trails[output] = _repeated(call, trails, fresh) if value and not applied else fresh
         for tensor in call.written:
-            trail = self.trail(tensor) if any(tensor is output for output in outputs) else self._fresh(tensor, sources)
-            self._trails[tensor] = trail
+            if not any(tensor is output for output in outputs):
+                self._trails[tensor] = self._fresh(tensor, sources)
             if tensor._base is not None:
-                whole = self.trail(tensor._base)
-                self._trails[tensor._base] = self._fresh(tensor._base, whole.sources | sources)
+                whole, value = self.trail(tensor._base), self.trail(tensor).value
+                self._trails[tensor._base] = self._fresh(tensor._base, whole.sources | sources, 0, value)
+
+    def _values(
+        self, call: Call, trails: list[Trail], outputs: list[Tensor], known: list[Trail | None], layer: bool
+    ) -> list[int]:
+        """What the outputs show: values that are stored, new ones or those of the operands."""
+        if all(known) and not layer:
+            if call.name in ("clone", "_to_copy", "repeat"):
+                self.activations.copied.add(trails[0].value)
+            return [0] * len(outputs)
+        if self.inside and not layer:
+            return [0] * len(outputs)
+        if layer:
+            return [self.activations.add_to(self.uses[-1].value, trails), *[0] * (len(outputs) - 1)]
+        return self.activations.follow(call, trails, outputs, self.trail)
 
     def _same(self, call: "Call", trails: list[Trail], output: Tensor) -> Trail | None:
         """The trail of a view or a plain copy of the first operand; None for anything else."""
-        if not trails or not _has_format(output):
+        if not trails or not has_format(output):
             return None
-        if not (call.is_view or call.name in _COPIES or call.name in _GATHERS):
+        if not (call.is_view or call.name in COPIES or call.name in _GATHERS):
             return None
         source, first = call.operands[0], trails[0]
         copied = first.copied if call.is_view or call.name == "_unsafe_view" else self._copy(call, source, output)
@@ -189,12 +210,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
             return first._replace(copied=copied)
         where = (first.root, storage(source), output.storage_offset(), tuple(output.shape), output.stride())
         root = self._views.setdefault(where, next(self._roots))
-        return Trail(first.sources, root, tuple(output.shape), 0, copied)
+        distinct = min(first.distinct, output.numel())
+        return Trail(first.sources, root, tuple(output.shape), 0, copied, first.value, distinct)
 
     def _copy(self, call: "Call", source: Tensor, output: Tensor) -> Piece | None:
         """The parameter that ``output`` is a copy of: cast, made contiguous, or gathered by an index of experts."""
         piece = self._piece(source)
-        if piece is None:
+        if piece is None or call.name == "repeat":
             return None
         axes = range(-source.ndim, 0)
         if call.name in _GATHERS:
@@ -293,55 +315,21 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
         return trails[0].direct | trails[1].direct
 
 
-@dataclass(frozen=True)
-class Call:
-    """One operation as it was called."""
-
-    func: Any
-    args: tuple[Any, ...]
-    operands: list[Tensor]
-    written: list[Tensor]
-
-    @property
-    def name(self) -> str:
-        """Name of the operation, whether in place or not."""
-        return str(getattr(self.func, "_opname", self.func)).removesuffix("_")
-
-    @property
-    def is_view(self) -> bool:
-        """Whether the result shares memory with the first operand."""
-        return bool(getattr(self.func, "is_view", False))
-
-    @property
-    def same_shaped(self) -> bool:
-        """Whether the first two arguments are tensors of one shape."""
-        pair = self.args[:2]
-        return len(pair) == 2 and all(isinstance(a, Tensor) for a in pair) and pair[0].shape == pair[1].shape
-
-    @property
-    def is_product(self) -> bool:
-        """Whether two operands are multiplied as matrices."""
-        return self.name in _PRODUCTS or "grouped_mm" in self.name
-
-    @property
-    def factors(self) -> list[Tensor]:
-        """The operands that are multiplied with each other, none if the operation multiplies nothing."""
-        if self.is_product:
-            return [a for a in self.args if isinstance(a, Tensor)][self.name.startswith(("add", "badd")) :][:2]
-        if self.name == "mul" and self.same_shaped:
-            return self.operands[:2]
-        return self.operands[:3] if "attention" in self.name or "flash_attn" in self.name else []
-
-
 def _run(call: Call, kwargs: dict[str, Any]) -> Any:
     if call.name == "_grouped_mm" and (data := call.operands[0]).is_meta and call.operands[1].ndim > data.ndim:
         return data.new_empty(len(data), call.operands[1].shape[-1])  # the meta kernel takes nothing but bf16
     return call.func(*call.args, **kwargs)
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers, in order."""
-    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _repeated(call: Call, trails: list[Trail], trail: Trail) -> Trail:
+    """The trail of an output that repeats elements because all operands of its size do, element by element."""
+    size = trail.distinct
+    if not any(t.distinct < operand.numel() == size for operand, t in zip(call.operands, trails, strict=True)):
+        return trail
+    if not call.works_in_place:
+        return trail
+    whole = [t.distinct for operand, t in zip(call.operands, trails, strict=True) if operand.numel() == size]
+    return trail._replace(distinct=max(whole))
 
 
 def members(uses: int) -> Iterator[int]:
@@ -352,24 +340,8 @@ def members(uses: int) -> Iterator[int]:
         uses ^= lowest
 
 
-def _has_format(tensor: Tensor) -> bool:
-    """Whether numbers flow through a tensor; indices and masks carry no layer's output."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _union(sets: Iterable[int]) -> int:
     union = 0
     for each in sets:
         union |= each
     return union
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors an operation declares to write to."""
-    if not isinstance(func, OpOverload) or not func._schema.is_mutable:
-        return []
-    written = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(args[position] if position < len(args) else kwargs.get(argument.name))
-    return tensors(written)

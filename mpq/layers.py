@@ -11,6 +11,9 @@ from typing import TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from mpq.attention import Attention
+from mpq.buffers import Buffer, peak_elements
+
 Integers: TypeAlias = NDArray[np.int64]  # (units,)
 
 _GRANULARITY = re.compile(r"(?P<layer>layer)|rows(:(?P<rows>\d+))?|groups:(?P<groups>\d+)")
@@ -153,6 +156,8 @@ class Network:
         dtype: Format of most of the layers' weights as they stand, ``fp32``, ``fp16``, ``bf16`` …
         skipped: Weights that are not planned, with the reason.
         fingerprint: sha256 over the names and shapes of the parameters.
+        buffers: The activations that are stored between operators, and for how long.
+        attention: Every run of attention: its products have no weights and are in no layer's ``macs``.
 
     Example:
         >>> from mpq.layers import Layer, Network
@@ -169,6 +174,8 @@ class Network:
     dtype: str = "fp32"
     skipped: Mapping[str, str] = field(default_factory=dict, hash=False)
     fingerprint: str = ""
+    buffers: tuple[Buffer, ...] = ()
+    attention: tuple[Attention, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self._by_name) < len(self.layers):
@@ -212,6 +219,10 @@ class Network:
         See `Layer.matmul`.
         """
         return (self[layer] if isinstance(layer, str) else layer).matmul(batch)
+
+    def peak_elements(self) -> int:
+        """The most numbers that activations take at the same time, for the example batch."""
+        return peak_elements(self.buffers)
 
     def units(self, granularity: str = "layer") -> "Units":
         """Cut every layer into the units that take an option of their own.

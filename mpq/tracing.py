@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from math import prod
 from typing import Any
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from mpq.dataflow import Dataflow, Use, members, tensors
+from mpq.activations import Activations, name_running_modules, report_whole_attention
+from mpq.attention import Attention
+from mpq.calls import tensors
+from mpq.dataflow import Dataflow, Use, members
 from mpq.layers import Layer, Network
 from mpq.parameters import Layout, Weights, convolution_layout, identity
 
@@ -66,13 +70,17 @@ def trace(model: nn.Module, example_inputs: Any) -> Network:
         raise ValueError(f"example_inputs must hold at least one sample, got a first tensor of {tuple(given[0].shape)}")
     hopeless = _hopeless(model)
     weights = Weights(model, excluded=hopeless)
-    flow = Dataflow(weights, watched=[*model.parameters(), *model.buffers(), *given])
-    with _unchanged(model, flow), _reporting(model, flow), torch.no_grad(), flow:
+    flow = Dataflow(weights, watched=[*model.parameters(), *model.buffers(), *given], activations=Activations(batch))
+    for tensor in given:
+        flow.give(tensor)
+    naming = name_running_modules(model, flow.activations.running)
+    whole = report_whole_attention(flow, flow.activations, flow.attend)
+    with _unchanged(model, flow), naming, whole, _reporting(model, flow), torch.no_grad(), flow:
         try:
-            model(*args, **kwargs)
+            result = tensors(model(*args, **kwargs))
         except Exception as error:
             raise ValueError(_cannot_run(model, given, error)) from error
-    return _network(model, flow, batch, hopeless)
+    return _network(model, flow, batch, hopeless, [flow.trail(tensor).value for tensor in result])
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -243,7 +251,9 @@ def _hopeless(model: nn.Module) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _network(model: nn.Module, flow: Dataflow, batch: int, hopeless: Mapping[str, tuple[str, str]]) -> Network:
+def _network(
+    model: nn.Module, flow: Dataflow, batch: int, hopeless: Mapping[str, tuple[str, str]], returned: list[int]
+) -> Network:
     uses: dict[str, list[Use]] = {}
     for use in flow.uses:
         uses.setdefault(use.weight, []).append(use)
@@ -273,7 +283,19 @@ def _network(model: nn.Module, flow: Dataflow, batch: int, hopeless: Mapping[str
         dtype=_FORMATS.get(dtype, str(dtype).removeprefix("torch.")),
         skipped=_skipped(flow, owners, hopeless),
         fingerprint=fingerprint(model),
+        buffers=flow.activations.liveness.buffers(returned, {weight: layer.name for weight, layer in layers.items()}),
+        attention=_attention(flow, layers),
     )
+
+
+def _attention(flow: Dataflow, layers: Mapping[str, Layer]) -> tuple[Attention, ...]:
+    """Every run of attention, with the names of the layers that feed it."""
+    runs = []
+    for run, operands in flow.activations.attention.found:
+        used = [dict.fromkeys(flow.uses[i].weight for i in members(operand.sources)) for operand in operands]
+        query, key, value = (tuple(layers[weight].name for weight in each) for each in used)
+        runs.append(replace(run, query_layers=query, key_layers=key, value_layers=value))
+    return tuple(runs)
 
 
 def _layer(weights: Weights, owners: Mapping[str, str], uses: list[Use], batch: int) -> Layer:

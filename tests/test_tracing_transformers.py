@@ -62,6 +62,44 @@ def test_llama(attention, device):
         assert sum(layer.macs for layer in network.layers) == linear_macs(model, input_ids=IDS)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_of_llama(attention, device):
+    model = build("Llama", device, **SIZES, num_key_value_heads=2, attn_implementation=attention)
+    runs = trace(model, {"input_ids": IDS.to(device)}).attention
+    assert [run.name for run in runs] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    for run in runs:
+        assert (run.heads, run.kv_heads, run.query_positions, run.key_positions) == (4, 2, 5, 5)
+        assert (run.head_dim, run.value_dim, run.batch, run.qk_macs, run.pv_macs) == (4, 4, 2, 800, 800)
+        assert run.query_layers == (f"{run.name}.q_proj",)
+        assert run.key_layers == (f"{run.name}.k_proj",)
+        assert run.value_layers == (f"{run.name}.v_proj",)
+
+
+def test_attention_of_other_families():
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    (run,) = trace(build("GPT2", head="LMHeadModel", **sizes), {"input_ids": IDS}).attention
+    assert (run.heads, run.kv_heads, run.query_layers) == (2, 2, ("transformer.h.0.attn.c_attn",))
+    assert run.query_layers == run.key_layers == run.value_layers
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    model = build("T5", "cpu", "ForConditionalGeneration", **sizes)
+    runs = trace(model, {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}).attention
+    assert [(run.query_positions, run.key_positions) for run in runs] == [(5, 5), (3, 3), (3, 5)]
+    assert [run.name.rpartition(".")[2] for run in runs] == ["SelfAttention", "SelfAttention", "EncDecAttention"]
+    assert runs[2].key_layers == ("decoder.block.0.layer.1.EncDecAttention.k",)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_peak_of_llama_is_in_its_mlp(attention):
+    """The residual stream, gate and up; scores of 5 positions are smaller."""
+    model = build("Llama", **SIZES, num_key_value_heads=2, attn_implementation=attention)
+    network = trace(model, {"input_ids": IDS})
+    tokens = IDS.numel()
+    stream, gate_or_up = tokens * 16, tokens * 32
+    head = tokens * 50
+    assert network.peak_elements() == max(stream * 2 + gate_or_up * 2, stream + head)
+
+
 def test_llama_with_a_tied_head_and_labels():
     model = build("Llama", **SIZES, num_key_value_heads=2, tie_word_embeddings=True)
     embedding = trace(model, {"input_ids": IDS, "labels": IDS})["model.embed_tokens"]
