@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .pricing import REFUSED, Pricing, Table
+from .cells import Cells
+from .conversion import conversions
+from .prices import Prices, Table
+from .pricing import estimates_behind, price
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.bool_]  # (layers, options)
 
-MEASURES = {"size": "B", "value_size": "B", "bops": "bops", "latency": "s", "energy": "J"}
+MEASURES = {"latency": "s", "energy": "J", "activation_peak": "B"}
 
 
 def costs_frame(
@@ -35,39 +38,47 @@ def costs_frame(
     """The table that `Target.costs` returns; see there."""
     import pandas as pd
 
-    if context is not None:
-        raise ValueError(
-            f"context must be None, got {context!r}: attention over a cache holds no weights and is not priced; "
-            "for longer inputs, trace with them"
-        )
-    candidates = space.candidates(network)
-    options = space.all_options
-    pricing = Pricing.of(target, network, options, batch, phase)
+    candidates, options = space.candidates(network), space.all_options
+    cells = Cells.of(network, options, batch=batch, phase=phase, context=context)
+    prices = price(target, cells)
     is_candidate = _candidate_mask(candidates, options)
-    allowed = is_candidate & (pricing.row[:, :-1] != REFUSED)
-    columns = {name: np.where(allowed, table[:, :-1], np.nan) for name, table in pricing.tables.items()}
+    refused = np.zeros(cells.shape, dtype=bool) if prices.reasons is None else prices.reasons.astype(bool)
+    allowed = is_candidate & ~refused[:, :-1]
+    columns = {name: np.where(allowed, table[:, :-1], np.nan) for name, table in prices.tables.items()}
 
     layers, labels = list(candidates), [option.label for option in options]
     frame = pd.DataFrame(
         {name: table.ravel() for name, table in columns.items()},
         index=pd.MultiIndex.from_product([layers, labels], names=["layer", "option"]),
     )
-    reference, meaning = _reference(pricing, columns)
-    unquantised = pricing.row[:, -1]
-    estimates = pricing.estimates(np.concatenate([pricing.row[:, :-1][allowed], unquantised]))
+    used = np.column_stack([allowed, ~refused[:, -1]])
+    estimates = estimates_behind(prices, used)
     frame.attrs |= {
-        "measures": {name: MEASURES[name] for name in columns},
-        "reference": reference,
-        "reference_meaning": meaning,
-        "offsets": {"size": float(network.outside_bytes)},
+        "measures": {name: {**MEASURES, **prices.measures}[name] for name in columns},
+        "aggregates": dict(prices.aggregates),
+        "alive": dict(prices.alive),
+        "offsets": dict(prices.offsets),
+        "limits": target.limits,
+        "transitions": {n: c for n, c in conversions(target.conversions, cells).items() if n in columns},
         "estimates": tuple(estimates),
-        "refused": {
-            (layers[i], labels[j]): pricing.reason(i, j) if is_candidate[i, j] else "not among the layer's options"
-            for i, j in np.argwhere(~allowed).tolist()
-        },
-        "provenance": _provenance(target, batch, phase, estimates),
+        "refused": _refused(target, prices, is_candidate, frame.index),
+        "provenance": _provenance(target, cells, prices, estimates),
     }
+    frame.attrs["reference"], frame.attrs["reference_meaning"] = _reference(target, cells, prices, columns)
     return frame
+
+
+_NO_CANDIDATE = "not among the layer's options"
+
+
+def _refused(target: Target, prices: Prices, is_candidate: Mask, index: pd.Index[Any]) -> dict[tuple[str, str], str]:
+    """Why each cell that cannot be chosen cannot; one text for all cells of one reason."""
+    phrases = np.zeros(is_candidate.shape, dtype=object) if prices.reasons is None else prices.reasons[:, :-1]
+    cells = np.flatnonzero(~is_candidate | phrases.astype(bool))
+    why = np.where(is_candidate, phrases, _NO_CANDIDATE).ravel()[cells].tolist()
+    texts = {phrase: f"{target.name} ({target.runtime}) {phrase}" for phrase in set(why)}
+    texts[_NO_CANDIDATE] = _NO_CANDIDATE
+    return {cell: texts[phrase] for cell, phrase in zip(index[cells].tolist(), why, strict=True)}
 
 
 def _candidate_mask(candidates: Mapping[str, Sequence[Option]], options: Sequence[Option]) -> Mask:
@@ -78,29 +89,46 @@ def _candidate_mask(candidates: Mapping[str, Sequence[Option]], options: Sequenc
     return np.array([masks[id(own)] for own in candidates.values()], dtype=bool).reshape(-1, len(options))
 
 
-def _reference(pricing: Pricing, columns: Mapping[str, Table]) -> tuple[dict[str, float], dict[str, str]]:
+def _reference(
+    target: Target, cells: Cells, prices: Prices, columns: Mapping[str, Table]
+) -> tuple[dict[str, float], dict[str, str]]:
     reference, meaning = {}, {}
-    dtype = pricing.network.dtype
-    for name, table in pricing.tables.items():
-        value, what = float(table[:, -1].sum()), f"the model as it stands, in {dtype}"
+    dtype = cells.network.dtype
+    for name, table in prices.tables.items():
+        value, what = _total(prices, name, table[:, -1]), f"the model as it stands, in {dtype}"
         if name == "size":
-            value = float(pricing.network.total_bytes)
+            value = float(cells.network.total_bytes)
         elif np.isnan(value):
-            value = float(np.where(np.isnan(columns[name]), -np.inf, columns[name]).max(axis=1, initial=-np.inf).sum())
-            what = f"the dearest allowed option of every layer: {pricing.target.name} cannot run the model in {dtype}"
+            dearest = np.where(np.isnan(columns[name]), -np.inf, columns[name]).max(axis=1, initial=-np.inf)
+            value = _total(prices, name, dearest)
+            what = f"the dearest allowed option of every layer: {target.name} cannot run the model in {dtype}"
         if np.isfinite(value):
             reference[name], meaning[name] = value, what
     return reference, meaning
 
 
+def _total(prices: Prices, name: str, per_layer: NDArray[np.float64]) -> float:
+    """One number a layer added up as the quantity's aggregate says, offsets included."""
+    how, offset = prices.aggregates.get(name, "sum"), prices.offsets.get(name, 0.0)
+    if how == "sum":
+        return float(per_layer.sum()) + offset
+    if how == "max":
+        return float(per_layer.max(initial=0.0)) + offset
+    step, layer, factor = prices.alive[name].T
+    held = np.bincount(step.astype(np.int64), weights=factor * per_layer[layer.astype(np.int64)])
+    return float(held.max(initial=0.0)) + offset
+
+
 def _provenance(
-    target: Target, batch: int, phase: str | None, estimates: Mapping[str, tuple[str, ...]]
+    target: Target, cells: Cells, prices: Prices, estimates: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
     return {
         "target": target.name,
         "runtime": target.runtime,
-        "batch": batch,
-        "phase": phase,
+        "batch": cells.batch,
+        "phase": cells.phase,
+        "context": cells.context,
         "sources": {source.id: f"{source.title} [{source.kind}]" for source in target.sources},
         "estimates": {column: list(names) for column, names in estimates.items()},
+        "notes": dict(prices.notes),
     }

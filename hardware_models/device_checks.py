@@ -11,16 +11,7 @@ from typing import Any
 from mpq.formats import parse
 from mpq.suggestions import did_you_mean
 
-from .device_schema import (
-    LAYER_KINDS,
-    REPEATED,
-    REQUIRED,
-    TABLES,
-    Key,
-    header,
-    keys_of,
-    right_spelling,
-)
+from .device_schema import LAYER_KINDS, Key, Schema, TableSchema, header, keys_of, right_spelling
 
 Table = dict[str, Any]
 
@@ -29,26 +20,26 @@ _KEY = re.compile(r"([\w-]+)\s*=")
 _FAMILIES = ("fp3", "fp4", "fp5", "fp6", "fp7", "fp8", "mxfp6", "mxfp8")
 
 
-def checked_tables(document: Table, text: str, filename: str) -> dict[str, list[Table]]:
-    """The tables of a device file, each as a list, if nothing is wrong with them.
+def checked_tables(document: Table, text: str, filename: str, schema: Schema) -> dict[str, list[Table]]:
+    """The tables of a device file, each as a list, if nothing is wrong with them one by one.
 
     Args:
         document: the file as TOML reads it.
         text: the file as it stands, for line numbers.
         filename: begins every message.
+        schema: every table that a device file may have.
 
     Raises:
         ValueError: every problem on a line of its own.
     """
-    report = _Report(filename, line_numbers(text))
-    tables = _tables(document, report)
+    report = Report(filename, line_numbers(text), schema)
+    tables = _tables(document, schema, report)
     for table, entries in tables.items():
         for position, entry in enumerate(entries):
-            _check_keys(table, position, entry, report)
+            _check_keys(table, position, entry, schema[table], report)
+    _check_bandwidths(tables, report)
     report.stop_if_wrong()
-    _check_sources(tables, report)
-    _check_rows(tables, report)
-    _check_energy(tables, report)
+    _check_sources(tables, schema, report)
     report.stop_if_wrong()
     return tables
 
@@ -87,43 +78,51 @@ def source_ids(entry: Table, key: Key) -> tuple[str, ...]:
     return as_list(own or [])
 
 
-class _Report:
+class Report:
     """The problems found so far."""
 
-    def __init__(self, filename: str, lines: dict[tuple[str, int, str], int]) -> None:
+    def __init__(self, filename: str, lines: dict[tuple[str, int, str], int], schema: Schema) -> None:
         self._filename = filename
         self._lines = lines
+        self._schema = schema
         self.problems: list[str] = []
 
     def add(self, problem: str, table: str = "", position: int = 0, key: str = "") -> None:
+        """Note a problem with its line: of a key, else of its table, else none."""
         line = self._lines.get((table, position, key)) or self._lines.get((table, position, ""))
         place = f":{line}" if line else ""
-        if table in TABLES:
-            place += f": {header(table)}" + (f" number {position + 1}" if table in REPEATED else "")
+        if known := self._schema.get(table):
+            place += f": {header(table, known)}" + (f" number {position + 1}" if known.repeated else "")
         self.problems.append(f"{self._filename}{place}: {problem}")
 
     def stop_if_wrong(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            ValueError: every problem on a line of its own.
+        """
         if self.problems:
             raise ValueError("\n".join(self.problems))
 
 
-def _tables(document: Table, report: _Report) -> dict[str, list[Table]]:
+def _tables(document: Table, schema: Schema, report: Report) -> dict[str, list[Table]]:
     if document.get("schema") != 1:
         report.add(f"schema must be 1, got {document.get('schema')!r}", key="schema")
-    result: dict[str, list[Table]] = {table: [] for table in TABLES}
+    result: dict[str, list[Table]] = {table: [] for table in schema}
     for name, value in _flattened(document):
-        if name not in TABLES:
-            report.add(f"unknown table or key {name!r}{did_you_mean(name, TABLES)}", name)
-        elif name in REPEATED and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        known = schema.get(name)
+        if known is None:
+            report.add(f"unknown table or key {name!r}{did_you_mean(name, schema)}", name)
+        elif known.repeated and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
             result[name] = value
-        elif name not in REPEATED and isinstance(value, dict):
+        elif not known.repeated and isinstance(value, dict):
             result[name] = [value]
         else:
-            report.add(f"{name} must be a table that begins with {header(name)}", name)
+            report.add(f"{name} must be a table that begins with {header(name, known)}", name)
     if not report.problems:
-        for table in REQUIRED:
-            if not result[table]:
-                report.add(f"{header(table)} is missing")
+        for name, known in schema.items():
+            if known.required and not result[name]:
+                report.add(f"{header(name, known)} is missing")
     return result
 
 
@@ -135,11 +134,11 @@ def _flattened(document: Table) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _check_keys(table: str, position: int, entry: Table, report: _Report) -> None:
-    keys = keys_of(table)
+def _check_keys(table: str, position: int, entry: Table, schema: TableSchema, report: Report) -> None:
+    keys = keys_of(schema)
     for name, value in entry.items():
         if name not in keys:
-            hint = right_spelling(table, name) or did_you_mean(name, keys)
+            hint = right_spelling(schema, name) or did_you_mean(name, keys)
             report.add(f"unknown key {name!r}{hint}", table, position, name)
         elif problem := _problem(keys[name], value):
             report.add(f"{name} {problem}", table, position, name)
@@ -151,14 +150,22 @@ def _check_keys(table: str, position: int, entry: Table, report: _Report) -> Non
             report.add(f"{key.name} {rule}", table, position, key.name)
 
 
+def _check_bandwidths(tables: dict[str, list[Table]], report: Report) -> None:
+    for table, entries in tables.items():
+        for entry in entries if table.startswith("memory.") else ():
+            missing = {"bandwidth_Bps", "efficiency"} - entry.keys()
+            if len(missing) == 1:
+                report.add(f"bandwidth_Bps and efficiency go together: {missing.pop()} is missing", table)
+
+
 def _problem(key: Key, value: object) -> str:
     if key.is_number:
         return _problem_of_number(key, value)
-    texts = value if isinstance(value, list) and key.holds != "text" else [value]
+    texts = value if isinstance(value, list) and key.holds not in ("text", "file") else [value]
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        return f"must be text{'' if key.holds == 'text' else ' or a list of texts'}, got {value!r}"
-    if key.choices and value not in key.choices:
-        return f"must be one of {', '.join(key.choices)}, got {value!r}"
+        return f"must be text{'' if key.holds in ('text', 'file') else ' or a list of texts'}, got {value!r}"
+    if key.choices and (wrong := [text for text in texts if text not in key.choices]):
+        return f"must be one of {', '.join(key.choices)}, got {wrong[0]!r}"
     rule = {"formats": _problem_of_format, "kinds": _problem_of_kind}.get(key.holds)
     return next(filter(None, map(rule, texts)), "") if rule else ""
 
@@ -192,54 +199,15 @@ def _problem_of_kind(pattern: str) -> str:
     return f"must name kinds of layers, got {pattern!r}{did_you_mean(pattern, LAYER_KINDS)}"
 
 
-def _check_sources(tables: dict[str, list[Table]], report: _Report) -> None:
+def _check_sources(tables: dict[str, list[Table]], schema: Schema, report: Report) -> None:
     ids = [entry["id"] for entry in tables["source"]]
     for position, identifier in enumerate(ids):
         if identifier in ids[:position]:
             report.add(f"source {identifier!r} is there twice", "source", position, "id")
     for table, entries in tables.items():
-        naming = [key.name for key in keys_of(table).values() if key.holds == "sources"]
+        naming = [key.name for key in keys_of(schema[table]).values() if key.holds == "sources"]
         for position, entry in enumerate(entries):
             for name in naming:
                 for unknown in sorted(set(as_list(entry.get(name, []))) - set(ids)):
                     hint = did_you_mean(unknown, ids)
                     report.add(f"{name}: no [[source]] has the id {unknown!r}{hint}", table, position, name)
-
-
-def _check_rows(tables: dict[str, list[Table]], report: _Report) -> None:
-    units = [entry["unit"] for entry in tables["compute"]]
-    for position, unit in enumerate(units):
-        if unit in units[:position]:
-            report.add(f"unit {unit!r} is there twice", "compute", position, "unit")
-    for position, entry in enumerate(tables["fallback"]):
-        if (unit := entry["runs_as"]) not in units:
-            report.add(
-                f"runs_as: no [[compute]] has the unit {unit!r}{did_you_mean(unit, units)}",
-                "fallback",
-                position,
-                "runs_as",
-            )
-    for table in ("compute", "fallback"):
-        taken: set[tuple[str, str, str]] = set()
-        for position, entry in enumerate(tables[table]):
-            pairs = _pairs(entry)
-            if twice := sorted(pairs & taken):
-                weight, activation, kind = twice[0]
-                rule = f"weight {weight!r} with activation {activation!r} on {kind} has a row already"
-                report.add(rule, table, position, "weight")
-            taken |= pairs
-
-
-def _pairs(entry: Table) -> set[tuple[str, str, str]]:
-    kinds = {kind for pattern in as_list(entry.get("ops", "*")) for kind in matching(LAYER_KINDS, pattern)}
-    weights, activations = as_list(entry["weight"]), as_list(entry["activation"])
-    return {(weight, activation, kind) for weight in weights for activation in activations for kind in kinds}
-
-
-def _check_energy(tables: dict[str, list[Table]], report: _Report) -> None:
-    given = ["energy_pJ_per_mac" in entry for entry in tables["compute"]]
-    given += ["energy_pJ_per_bit" in entry for entry in tables["memory.dram"]]
-    if any(given) and not all(given):
-        report.add(
-            "energy needs energy_pJ_per_bit in [memory.dram] and energy_pJ_per_mac in every [[compute]]: all or none"
-        )

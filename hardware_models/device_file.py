@@ -9,17 +9,21 @@ from pathlib import Path
 
 from mpq.suggestions import did_you_mean
 
-from .device_checks import Table, as_list, checked_tables, source_ids
-from .device_schema import TABLES
-from .target import ComputeUnit, Fallback, Memory, Number, Source, Target
+from .device_checks import Report, Table, checked_tables, line_numbers, source_ids
+from .device_numbers import Entry, Number, Source
+from .device_schema import COMMON, TableSchema
+from .families import FAMILIES
+from .target import Target
+
+SCHEMA = {**COMMON, **{name: table for family in FAMILIES for name, table in family.tables.items()}}
 
 
 def available() -> list[str]:
     """Names of the targets that come with mpq.
 
     Example:
-        >>> available()
-        ['nvidia-t4', 'x86-amx']
+        >>> "nvidia-t4" in available()
+        True
     """
     names = (entry.name for entry in files("mpq.hardware_models").iterdir())
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
@@ -51,11 +55,13 @@ def load(name_or_path: str | Path) -> Target:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the device file {str(path)!r}: {error}") from None
-    return parse_target(text, path.name)
+    return parse_target(text, path.name, path.parent)
 
 
-def parse_target(text: str, filename: str = "device file") -> Target:
+def parse_target(text: str, filename: str = "device file", folder: str | Path = ".") -> Target:
     """A target from the text of a device file; `filename` begins every message.
+
+    Files that it names (tables of kernels, predictors) are looked for from `folder` on.
 
     Raises:
         ValueError: if the text is not TOML or breaks a rule.
@@ -64,18 +70,40 @@ def parse_target(text: str, filename: str = "device file") -> Target:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{filename}: not TOML: {error}") from None
-    tables = checked_tables(document, text, filename)
-    sources = {entry["id"]: Source(**entry) for entry in tables["source"]}
-    calibration = tables["calibration"][0] if tables["calibration"] else {}
+    checked = checked_tables(document, text, filename, SCHEMA)
+    _find_files(checked, Path(folder))
+    sources = {entry["id"]: Source(**entry) for entry in checked["source"]}
+    tables = {
+        name: [_entry(name, SCHEMA[name], place, entry, sources) for place, entry in enumerate(entries, start=1)]
+        for name, entries in checked.items()
+    }
+    report = Report(filename, line_numbers(text), SCHEMA)
+    for family in FAMILIES:
+        for problem in family.check(tables):
+            report.add(*problem)
+    models = () if report.problems else tuple(filter(None, (family.read(tables) for family in FAMILIES)))
+    if not models and not report.problems:
+        ways = ", ".join(f"[{next(iter(family.tables))}]" for family in FAMILIES)
+        report.add(f"nothing says how fast the target is: it needs one of {ways}")
+    report.stop_if_wrong()
+    order = {(name, place): line for (name, place, key), line in line_numbers(text).items() if not key}
+    placed = [(order.get((name, place), 0), entry) for name, own in tables.items() for place, entry in enumerate(own)]
     return Target(
-        **tables["target"][0],
-        memory=_memory(tables["memory.dram"][0], sources),
-        units=tuple(_unit(entry, sources) for entry in tables["compute"]),
-        fallbacks=tuple(_fallback(entry, place, sources) for place, entry in enumerate(tables["fallback"], start=1)),
+        **checked["target"][0],
+        models=models,
+        entries=tuple(entry for _, entry in sorted(placed, key=lambda item: item[0]) if entry.numbers),
         sources=tuple(sources.values()),
-        calibration=tuple((key, calibration[key]) for key in ("fitted_on", "method", "date") if key in calibration),
-        calibration_numbers=_numbers("calibration", "calibration", calibration, sources),
+        calibration=next(iter(tables["calibration"]), None),
+        conversions=tuple(tables["conversion"]),
     )
+
+
+def _find_files(tables: dict[str, list[Table]], folder: Path) -> None:
+    for name, entries in tables.items():
+        for key in (key.name for key in SCHEMA[name].keys if key.holds == "file"):
+            for entry in entries:
+                if key in entry:
+                    entry[key] = str(folder / entry[key])
 
 
 @lru_cache
@@ -84,44 +112,13 @@ def _shipped(name: str) -> Target:
     return parse_target(text, f"{name}.toml")
 
 
-def _memory(entry: Table, sources: dict[str, Source]) -> Memory:
-    return Memory(
-        bytes_per_s=float(entry["bandwidth_Bps"] * entry["efficiency"]),
-        pj_per_bit=entry.get("energy_pJ_per_bit"),
-        numbers=_numbers("memory.dram", "memory.dram", entry, sources),
+def _entry(name: str, schema: TableSchema, place: int, values: Table, sources: dict[str, Source]) -> Entry:
+    where = name
+    if schema.repeated:
+        where = f"{name} {values[schema.named_by]}" if schema.named_by else f"{name} {place}"
+    numbers = tuple(
+        Number(where, key.name, values[key.name], key.unit, tuple(sources[id] for id in source_ids(values, key)))
+        for key in schema.keys
+        if key.is_number and key.name in values
     )
-
-
-def _unit(entry: Table, sources: dict[str, Source]) -> ComputeUnit:
-    return ComputeUnit(
-        name=entry["unit"],
-        weights=as_list(entry["weight"]),
-        activations=as_list(entry["activation"]),
-        kinds=as_list(entry.get("ops", "*")),
-        ops_per_s=float(entry["ops_per_s"] * entry["efficiency"]),
-        launch_overhead_s=float(entry["launch_overhead_s"]),
-        align_k=entry.get("align_k", 1),
-        align_n=entry.get("align_n", 1),
-        dequant_s_per_weight=float(entry.get("dequant_s_per_weight", 0.0)),
-        pj_per_mac=entry.get("energy_pJ_per_mac"),
-        numbers=_numbers("compute", f"compute {entry['unit']}", entry, sources),
-    )
-
-
-def _fallback(entry: Table, place: int, sources: dict[str, Source]) -> Fallback:
-    return Fallback(
-        runs_as=entry["runs_as"],
-        weights=as_list(entry["weight"]),
-        activations=as_list(entry["activation"]),
-        kinds=as_list(entry.get("ops", "*")),
-        dequant_s_per_weight=float(entry.get("dequant_s_per_weight", 0.0)),
-        numbers=_numbers("fallback", f"fallback {place} to {entry['runs_as']}", entry, sources),
-    )
-
-
-def _numbers(table: str, where: str, entry: Table, sources: dict[str, Source]) -> tuple[Number, ...]:
-    return tuple(
-        Number(where, key.name, entry[key.name], key.unit, tuple(sources[name] for name in source_ids(entry, key)))
-        for key in TABLES[table]
-        if key.is_number and key.name in entry
-    )
+    return Entry(where, values, numbers)

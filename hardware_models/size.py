@@ -8,14 +8,17 @@ fraction of a byte. Size does not depend on batch or target.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpq.formats import NumberFormat
+from mpq.granularity import Granularity
 from mpq.layers import Layer
 
 FloatTable = NDArray[np.float64]  # (layers, options)
+Integers = NDArray[np.int64]  # (shapes,)
 
 
 def size_bytes(layers: Sequence[Layer], formats: Sequence[NumberFormat | None]) -> FloatTable:
@@ -38,10 +41,30 @@ def size_bytes(layers: Sequence[Layer], formats: Sequence[NumberFormat | None]) 
     """
     shapes: dict[tuple[int, ...], int] = {}
     index = [shapes.setdefault(tuple(layer.weight_shape), len(shapes)) for layer in layers]
-    bits = np.array(
-        [[0 if fmt is None else fmt.storage_bits(shape) for fmt in formats] for shape in shapes], dtype=np.float64
-    ).reshape(len(shapes), len(formats))
+    values, rows, last = _dimensions(list(shapes))
+    bits = np.zeros((len(shapes), len(formats)))
+    for column, fmt in enumerate(formats):
+        if fmt is not None:
+            scales = _groups(fmt.bind("weight").granularity, values, rows, last) * fmt.group_bits
+            bits[:, column] = values * fmt.bits + np.where(values > 0, scales + fmt.tensor_bits, 0)
     return _with_stored(layers, formats, bits[index] / 8)
+
+
+def _dimensions(shapes: Sequence[tuple[int, ...]]) -> tuple[Integers, Integers, Integers]:
+    """Values, rows and the size of the last axis, each (shapes,) and the latter two at least 1."""
+    values = np.array([prod(shape) for shape in shapes], dtype=np.int64)
+    rows = np.array([shape[0] if len(shape) > 1 else 1 for shape in shapes], dtype=np.int64)
+    last = np.array([shape[-1] if shape else 1 for shape in shapes], dtype=np.int64)
+    return values, np.maximum(rows, 1), np.maximum(last, 1)
+
+
+def _groups(granularity: Granularity | None, values: Integers, rows: Integers, last: Integers) -> Integers:
+    """`granularity.groups` of many shapes with values in them, (shapes,)."""
+    if granularity is None:
+        return np.zeros_like(values)
+    if granularity.kind == "group":
+        return rows * -(-(values // rows) // granularity.size)
+    return {"tensor": np.ones_like(values), "token": values // last, "channel": rows}[granularity.kind]
 
 
 def value_bytes(layers: Sequence[Layer], formats: Sequence[NumberFormat | None]) -> FloatTable:

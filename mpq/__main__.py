@@ -19,6 +19,8 @@ MODEL_HELP = (
     "or a transformers folder (with --data TEXT)."
 )
 
+RUN = ("hardware", "batch", "phase", "context")
+
 INTERRUPTED = {"search": "; with --cache FOLDER a search keeps what it has measured"}
 
 
@@ -106,7 +108,16 @@ def space_options(command: Command) -> Command:
             help="auto: one option for projections that runtimes fuse and for convolutions whose outputs are added.",
         ),
         click.option(
-            "--hardware", metavar="NAME|FILE", help="Device, for latency: a name of `mpq list` or a TOML file."
+            "--hardware", metavar="NAME|FILE", help="Device, for latency and energy: a name of `mpq list` or a file."
+        ),
+        click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a pass."),
+        click.option(
+            "--phase",
+            type=click.Choice(["prefill", "decode"]),
+            help="Of a language model: all positions at once, as without it, or one a sample.",
+        ),
+        click.option(
+            "--context", type=click.IntRange(min=1), help="Positions in the cache that attention reads, in decode."
         ),
         click.option("--sensitivity", default="auto", show_default=True, help="Method of `mpq list`."),
         click.option(
@@ -145,6 +156,7 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
     \b
     mpq search demo --options int4,int8 --budget size=18% --output plan.json
     mpq search net.py:load --budget "size=4.5 bits" --budget "latency=4 ms" --hardware nvidia-t4
+    mpq search ./my-llm --data text.txt --budget latency=40% --hardware nvidia-h100 --phase decode --context 4096
     mpq search ./my-llm --data text.txt --budget size=25% --pin "lm_head=int8"
     """  # noqa: D301 - click wants the character itself
     from mpq.pipeline import measure
@@ -162,7 +174,7 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
         budgets=asked,
         solver=given["solver"],
         task=source.task,
-        **{name: given[name] for name in ("hardware", "sensitivity", "granularity", "seed", "cache")},
+        **{name: given[name] for name in ("sensitivity", "granularity", "seed", "cache", *RUN)},
     )
     if table_path is not None:
         table.save(table_path)
@@ -208,7 +220,7 @@ def inspect(model: str, **given: Any) -> None:
         source.data,
         _space(given),
         task=source.task,
-        **{name: given[name] for name in ("hardware", "sensitivity", "granularity")},
+        **{name: given[name] for name in ("sensitivity", "granularity", *RUN)},
     )
     show_inspection(inspection)
 
@@ -298,8 +310,8 @@ def _space(given: dict[str, Any]) -> Any:
 
 def _budgets(texts: tuple[str, ...], hardware: str | None) -> dict[str, str]:
     budgets = name_value_pairs("budget", texts)
-    if "latency" in budgets and hardware is None:
-        raise ValueError("a budget of latency needs a device: give --hardware NAME (mpq list names them)")
+    if hardware is None and (needs := sorted({"latency", "energy"} & set(budgets))):
+        raise ValueError(f"a budget of {needs[0]} needs a device: give --hardware NAME (mpq list names them)")
     return budgets
 
 

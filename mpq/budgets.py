@@ -98,10 +98,12 @@ def format_quantity(value: float, measure: str) -> str:
     Example:
         >>> format_quantity(7_900_000, "B"), format_quantity(0.0042, "s"), format_quantity(3.4e10, "bops")
         ('7.90 MB', '4.20 ms', '34.0 GBOPs')
+        >>> format_quantity(13_000, "luts"), format_quantity(0.123456, "loss")
+        ('13,000 luts', '0.1235')
     """
     if measure not in ("B", "s", "J", "bops") or not math.isfinite(value):
         unit = "" if measure in ("", "loss", "score") else f" {measure}"
-        return f"{value:.4g}{unit}"
+        return f"{value:,.0f}{unit}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}{unit}"
     prefixes = _LARGE if measure in ("B", "bops") else _SMALL
     rounded = float(f"{value:.2e}")  # what is shown decides about prefix and digits: 9.996 is 10.0, not 10.00
     usable = [(factor, prefix) for prefix, factor in prefixes.items() if abs(rounded) >= factor and prefix != "µ"]

@@ -54,6 +54,8 @@ def inspect_model(
     task: Any = None,
     granularity: str = "layer",
     batch: int = 1,
+    phase: str | None = None,
+    context: int | None = None,
 ) -> Inspection:
     """Trace and price a model and time one forward pass.
 
@@ -65,7 +67,8 @@ def inspect_model(
     from mpq.task_choice import TASKS, choose_task
 
     batches = batches_of(data)
-    priced = price(model, batches, space, hardware=hardware, granularity=granularity, batch=batch)
+    run = {"batch": batch, "phase": phase, "context": context}
+    priced = price(model, batches, space, hardware=hardware, granularity=granularity, **run)  # type: ignore[arg-type]
     samples = samples_in(batches)
     with evaluating(model):
         chosen = choose_task(model, batches[0], task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,8 @@ def apply_budgets(table: CostTable, budgets: Mapping[str, float | str]) -> tuple
     """Every budget as a limit in base units.
 
     Percent is of the model as it stands, unquantised, on the same target; where the target cannot run that, of the most
-    expensive allowed option. Bits are an average over the weights of the planned layers, pinned ones included.
+    expensive allowed option. Bits are an average over the weights of the planned layers, pinned ones included. What the
+    target has of a quantity is a limit as well, where plans could exceed it.
 
     Raises:
         ValueError: if the table lacks the quantity or what the budget refers to, or the unit is wrong.
@@ -49,7 +50,16 @@ def apply_budgets(table: CostTable, budgets: Mapping[str, float | str]) -> tuple
         table.quantity(quantity)
         budget = parse_budget(quantity, asked, table.measures[quantity])
         limits.append(_applied(table, budget, str(asked)))
-    return tuple(limits)
+    return (*limits, *_of_target(table))
+
+
+def _of_target(table: CostTable) -> Iterator[Limit]:
+    """What the target has, where a plan could ask for more."""
+    for name, most in table.limits.items():
+        if name in table.quantities and table.reachable(name)[1] > most:
+            device = table.provenance.get("hardware", {}).get("target", "the target")
+            meaning = f"{name} at most {format_quantity(most, table.measures[name])}, all that {device} has"
+            yield Limit(name, most, "the target's", meaning)
 
 
 def _applied(table: CostTable, budget: Budget, asked: str) -> Limit:

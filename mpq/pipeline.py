@@ -60,7 +60,7 @@ def search(  # noqa: PLR0917 - the order is public
         ties: "auto", None, or name patterns; see `SearchSpace`.
         seed: of everything random.
         cache: a folder for finished measurements: an interrupted search goes on there.
-        **settings: those of `measure` (task, granularity, quantizer, batch, progress).
+        **settings: those of `measure` (task, granularity, quantizer, batch, phase, context, progress).
 
     Returns:
         The plan; `plan.table` solves for other budgets in milliseconds.
@@ -145,6 +145,8 @@ def measure(
     granularity: str = "layer",
     quantizer: Any = None,
     batch: int = 1,
+    phase: str | None = None,
+    context: int | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
@@ -163,7 +165,9 @@ def measure(
         task: how a batch is run and what the loss is (`mpq.tasks`).
         granularity: what takes an option of its own: "layer", "rows:16", "groups:64".
         quantizer: whose error is scored; rounds to nearest by default.
-        batch: samples a pass, for latency.
+        batch: samples a pass, for latency and energy.
+        phase: None or "prefill" prices the positions of the data, "decode" one position a sample.
+        context: positions in the cache that attention reads, in "decode".
         seed: as for `search`.
         cache: as for `search`.
         progress: show a bar on a terminal.
@@ -177,7 +181,9 @@ def measure(
 
     space = space if isinstance(space, SearchSpace) else SearchSpace(space)
     data = batches_of(data)  # read once: a loader may shuffle, a generator ends
-    priced = price(model, data, space, hardware=hardware, granularity=granularity, batch=batch)
+    priced = price(
+        model, data, space, hardware=hardware, granularity=granularity, batch=batch, phase=phase, context=context
+    )
     if budgets is not None:
         priced.check_reachable(budgets, solver)
     frame = import_module("mpq.sensitivity").estimate(
@@ -227,18 +233,23 @@ class Priced:
         position = {layer.name: index for index, layer in enumerate(self.network.layers)}
         ties = self.space.tied_layers(self.network) if self.granularity == "layer" else ()
         attributes = self.costs.attrs
+        costs = _unit_costs(self.costs, self.network, self.space, units, self.granularity)
         return CostTable(
             units=units.labels,
             options=list(map(str, self.space.all_options)),
-            quantities=scored | _unit_costs(self.costs, self.network, self.space, units, self.granularity),
-            measures=dict(attributes["measures"]) | dict.fromkeys(scored, measure),
+            quantities=scored | costs,
+            measures={name: attributes["measures"][name] for name in costs} | dict.fromkeys(scored, measure),
+            aggregates=_of(costs, attributes["aggregates"]),
+            alive=_of(costs, attributes["alive"]),
             parameters=units.parameters,
             layers=self.network.layers,
             layer_index=units.layer_index,
             granularity=self.granularity,
             ties=[[position[name] for name in group] for group in ties],
-            offsets=attributes["offsets"],
-            reference=_as_it_stands(attributes),
+            offsets=_of(costs, attributes["offsets"]),
+            reference=_of(costs, _as_it_stands(attributes)),
+            limits=_of(costs, attributes["limits"]),
+            transitions=attributes["transitions"] if self.granularity == "layer" else {},
             provenance={**_provenance(self), **(provenance or {})},
             fingerprint=self.network.fingerprint,
         )
@@ -256,9 +267,17 @@ class Priced:
 
 
 def price(
-    model: nn.Module, data: Any, space: SearchSpace, *, hardware: Any = None, granularity: str = "layer", batch: int = 1
+    model: nn.Module,
+    data: Any,
+    space: SearchSpace,
+    *,
+    hardware: Any = None,
+    granularity: str = "layer",
+    batch: int = 1,
+    phase: str | None = None,
+    context: int | None = None,
 ) -> Priced:
-    """Trace the model on the first batch and price every option; nothing is measured.
+    """Trace the model on the first batch and price every option; nothing is measured. Arguments as for `measure`.
 
     Raises:
         ValueError: if the data is empty or not finite, the model cannot run on it, or a pattern matches nothing.
@@ -272,7 +291,7 @@ def price(
         raise ValueError("the model must have a layer to plan (linear, convolution, embedding), found none")
     space.candidates(network)
     network.units(granularity)
-    costs = _target(hardware).costs(network, space, batch=batch)
+    costs = _target(hardware).costs(network, space, batch=batch, phase=phase, context=context)
     _check_rows(costs, network, space)
     return Priced(network, space, granularity, costs)
 
@@ -293,11 +312,15 @@ def _target(hardware: Any) -> Any:
 def _unit_costs(
     costs: pd.DataFrame, network: Network, space: SearchSpace, units: Units, granularity: str
 ) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Costs a unit: sizes counted exactly, with the index of a split layer; others in proportion to weights."""
+    """Costs a unit: sizes counted exactly, with the index of a split layer; others in proportion to weights.
+
+    Units of one layer share its input: what is no sum over layers (peaks of memory, stages of a pipeline) is left out.
+    """
     shape = (len(network.layers), len(space.all_options))
     by_layer = {name: costs[name].to_numpy(float).reshape(shape) for name in costs.columns}
     if granularity == "layer":
         return by_layer
+    by_layer = {name: table for name, table in by_layer.items() if name not in costs.attrs["aggregates"]}
     share = (units.parameters / np.array([layer.parameters for layer in network.layers])[units.layer_index])[:, None]
     by_unit = {name: values[units.layer_index] * share for name, values in by_layer.items()}
     index_bits = np.ceil(np.log2(np.isfinite(by_layer["size"]).sum(axis=1).clip(min=1)))
@@ -306,6 +329,11 @@ def _unit_costs(
         bits = unit_storage_bits(units, weight_format(option)) + index_bits[units.layer_index]
         by_unit["size"][:, column] = np.where(available, bits / 8, np.nan)
     return by_unit
+
+
+def _of(quantities: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the quantities that a table has."""
+    return {name: value for name, value in values.items() if name in quantities}
 
 
 def _provenance(priced: Priced) -> dict[str, Any]:

@@ -91,6 +91,9 @@ class Entry:
         return float(np.average(bits[self.choice.codes], weights=units.parameters))
 
 
+_SOLVED = ("price_of_pins", "binding")  # provenance that holds for the plan as it was solved, not as it is edited
+
+
 @dataclass(frozen=True)
 class AskedBudget:
     """A budget as it was asked, the limit it meant in base units, and what its 100 % or denominator was."""
@@ -188,7 +191,7 @@ class Plan:
             proof=None,
             measured={},
             edited=tuple(dict.fromkeys([*self.edited, *chosen])),
-            provenance={name: value for name, value in self.provenance.items() if name != "price_of_pins"},
+            provenance={name: value for name, value in self.provenance.items() if name not in _SOLVED},
         )
         size = {"size": changed.size_bytes} if "size" in self.predicted else {}
         return replace(changed, predicted=size)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.budgets import format_quantity
+from mpq.explanation import bindings
 from mpq.limits import Limit, apply_budgets
 from mpq.options import Option, matching
 from mpq.plan import AskedBudget, Plan, check_layers
@@ -316,9 +317,20 @@ def _plan(solution: Solution) -> Plan:
             for limit in solution.limits
         ),
         outside=dict(table.offsets),
-        provenance=dict(table.provenance) | _asked(solution),
+        provenance=dict(table.provenance) | _asked(solution) | _binding(solution),
         table=table,
     )
+
+
+def _binding(solution: Solution) -> dict[str, Any]:
+    """Which budgets hold the plan back, in words; only for whole layers, of which there are not millions."""
+    if solution.table.granularity != "layer" or not solution.limits:
+        return {}
+    limits: dict[str, float] = {}
+    for limit in solution.limits:
+        limits[limit.resource] = min(limit.value, limits.get(limit.resource, math.inf))
+    found = bindings(solution.table, solution.allocation.choices, limits, solution.objective)
+    return {"binding": [str(binding) for binding in found]}
 
 
 def _asked(solution: Solution) -> dict[str, Any]:

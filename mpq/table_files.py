@@ -21,7 +21,7 @@ from mpq.tables import CostTable
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 2  # 2: parquet files are wide
+SCHEMA_VERSION = 3  # 2: parquet files are wide; 3: limits of the target, factors of what is alive
 _HEADER = re.compile(r"(?P<name>[^\[\]]+?)\s*(?:\[(?P<measure>[^\[\]]*)\])?")
 _NOT_QUANTITIES = ("unit", "option", "layer", "parameters")
 
@@ -39,7 +39,8 @@ class TableRecord(msgspec.Struct, forbid_unknown_fields=True):
     ties: list[list[int]]
     offsets: dict[str, float]
     reference: dict[str, float]
-    alive: dict[str, list[list[int]]]
+    limits: dict[str, float]
+    alive: dict[str, list[list[float]]]
     pairs: list[tuple[int, int, list[list[float]]]]
     transitions: dict[str, list[tuple[int, int, list[list[float]]]]]
     provenance: dict[str, Any]
@@ -110,6 +111,7 @@ def _record(table: CostTable) -> TableRecord:
         ties=[list(group) for group in table.ties],
         offsets=dict(table.offsets),
         reference=dict(table.reference),
+        limits=dict(table.limits),
         alive={name: steps.tolist() for name, steps in table.alive.items()},
         pairs=_blocks(table.pairs),
         transitions={name: _blocks(blocks) for name, blocks in table.transitions.items()},
@@ -177,6 +179,7 @@ def _fields(record: TableRecord) -> dict[str, Any]:
         "ties": record.ties,
         "offsets": record.offsets,
         "reference": record.reference,
+        "limits": record.limits,
         "alive": record.alive,
         "pairs": {(i, j): np.asarray(block) for i, j, block in record.pairs},
         "transitions": {

@@ -81,8 +81,9 @@ def merge_tables(tables: Sequence[CostTable], names: Sequence[str] = ()) -> Cost
         layer_index=_layer_index(parts, units, layers),
         granularity=first.granularity,
         ties=_ties(parts, units),
-        offsets=_agreed_totals("offset", parts),
+        offsets=_agreed_totals("offsets", parts),
         reference=_agreed_totals("reference", parts),
+        limits=_agreed_totals("limits", parts),
         pairs=first.pairs,
         transitions=first.transitions,
         provenance=provenance,
@@ -220,10 +221,10 @@ def _agreed(name: str, placed: list[_Placed], labels: tuple[list[str], list[str]
 
 
 def _agreed_totals(what: str, parts: list[_Part]) -> dict[str, float]:
-    """Offsets or references."""
+    """One number a quantity: offsets, reference or limits."""
     merged: dict[str, float] = {}
     for part in parts:
-        for name, value in (part.table.offsets if what == "offset" else part.table.reference).items():
+        for name, value in getattr(part.table, what).items():
             if not np.isclose(merged.setdefault(name, value), value, rtol=TOLERANCE, atol=0):
                 raise ValueError(f"tables must agree on the {what} of {name!r}, got {merged[name]:g} and {value:g}")
     return merged

@@ -13,6 +13,7 @@ from mpq.limits import Limit
 from mpq.options import matching
 from mpq.problem import AllocationProblem, SparsePeak
 from mpq.suggestions import did_you_mean
+from mpq.tables import held
 
 if TYPE_CHECKING:
     from mpq.tables import CostTable
@@ -86,9 +87,9 @@ def totals(table: CostTable, choices: NDArray[np.int64]) -> dict[str, float]:
         elif table.aggregates[name] == "max":
             found[name] = offset + float(chosen.max())
         else:
-            step, unit = table.alive[name].T
+            step, unit, factor = held(table.alive[name])
             first = np.zeros(len(rows), dtype=np.int64)
-            found[name] = offset + SparsePeak(step, unit, first[unit], chosen[unit]).largest(first)
+            found[name] = offset + SparsePeak(step, unit, first[unit], factor * chosen[unit]).largest(first)
     return found
 
 
@@ -147,8 +148,7 @@ def _resource(table: CostTable, name: str, finite: NDArray[np.float64]) -> Any:
     if how == "sum":
         return finite
     units = np.arange(len(table.units))
-    steps = np.stack([units, units], axis=1) if how == "max" else table.alive[name]
-    options = np.arange(len(table.options))
-    step, unit = np.repeat(steps, len(options), axis=0).T
-    option = np.tile(options, len(steps))
-    return SparsePeak(step=step, layer=unit, option=option, value=finite[unit, option])
+    step, unit, factor = (units, units, np.ones(len(units))) if how == "max" else held(table.alive[name])
+    step, unit, factor = (np.repeat(entries, len(table.options)) for entries in (step, unit, factor))
+    option = np.tile(np.arange(len(table.options)), len(step) // len(table.options))
+    return SparsePeak(step=step, layer=unit, option=option, value=factor * finite[unit, option])

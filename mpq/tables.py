@@ -60,7 +60,8 @@ class CostTable:
         measures: the base unit of each quantity (`B`, `s`, `J`, `bops`, `loss`, ...); mpq's own names know theirs.
         aggregates: how units add up: `sum` (default), `max` over units, or `peak`, the largest sum over the units that
             are alive in one step.
-        alive: for each `peak` quantity an integer array (n, 2) of (step, unit) pairs.
+        alive: for each `peak` quantity an array (n, 3) of (step, unit, factor): in that step the unit holds its entry
+            times the factor; pairs (step, unit) have the factor 1.
         parameters: weights in each unit, needed for budgets in bits a weight.
         layers: the layers behind the units, needed to make a plan for a model.
         layer_index: which layer each unit belongs to; by default unit i is layer i.
@@ -68,6 +69,7 @@ class CostTable:
         ties: groups of unit positions that take the same option.
         offsets: what the model costs outside the plan, a quantity (norms, biases, skipped layers).
         reference: what 100 % is, a quantity: the model as it stands, unquantised.
+        limits: the most that the target has, a quantity: every plan keeps them, asked or not.
         pairs, transitions: as in `AllocationProblem`, by unit positions.
         provenance: where the numbers come from.
         fingerprint: of the model's parameter names and shapes.
@@ -98,6 +100,7 @@ class CostTable:
     ties: Sequence[Sequence[int]] = ()
     offsets: Mapping[str, float] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
     pairs: Mapping[tuple[int, int], Any] = field(default_factory=dict)
     transitions: Mapping[str, Mapping[tuple[int, int], Any]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -120,10 +123,10 @@ class CostTable:
                 raise ValueError(f"aggregate of {name!r} must be one of {', '.join(get_args(Aggregate))}, got {how!r}")
         index = np.arange(len(self.units)) if self.layer_index is None else self.layer_index
         put(self, "layer_index", _per_unit("layer_index", index, len(self.units)))
-        for name in ("offsets", "reference"):
+        for name in ("offsets", "reference", "limits"):
             put(self, name, {quantity: float(amount) for quantity, amount in getattr(self, name).items()})
         put(self, "ties", tuple(tuple(map(int, group)) for group in self.ties))
-        put(self, "alive", {name: np.asarray(steps, dtype=np.int64) for name, steps in self.alive.items()})
+        put(self, "alive", {name: _alive(name, steps, len(self.units)) for name, steps in self.alive.items()})
         if unknown := [name for name in (*self.alive, *self.transitions) if name not in self.quantities]:
             raise ValueError(f"quantity {unknown[0]!r} is not in the table{did_you_mean(unknown[0], self.quantities)}")
         if missing := [name for name, how in self.aggregates.items() if how == "peak" and name not in self.alive]:
@@ -250,8 +253,8 @@ class CostTable:
             return float(per_unit.sum())
         if self.aggregates[name] == "max":
             return float(per_unit.max())
-        step, unit = self.alive[name].T
-        return float(np.bincount(step, weights=per_unit[unit]).max())
+        step, unit, factor = held(self.alive[name])
+        return float(np.bincount(step, weights=factor * per_unit[unit]).max())
 
     def save(self, path: str | Path) -> None:
         """Write `table.parquet`, or `table.csv` with a `table.json` beside it. The way back is exact."""
@@ -275,6 +278,12 @@ class CostTable:
         return f"CostTable({len(self.units)} units x {len(self.options)} options: {columns})"
 
 
+def held(alive: FloatTable) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """The steps, units and factors of a peak's entries, each (n,)."""
+    step, unit = alive[:, :2].astype(np.int64).T
+    return step, unit, alive[:, 2]
+
+
 def _check_labels(role: str, labels: NDArray[np.str_]) -> None:
     if labels.size == 0:
         raise ValueError(f"table must have at least one of its {role}, got none")
@@ -291,6 +300,17 @@ def _array(name: str, values: ArrayLike, shape: tuple[int, int]) -> FloatTable:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _alive(name: str, entries: ArrayLike, units: int) -> FloatTable:
+    array = np.asarray(entries, dtype=np.float64)
+    if array.ndim != 2 or array.shape[1] not in (2, 3):
+        raise ValueError(f"alive of {name!r} must be (n, 2) of step, unit or (n, 3) with a factor, got {array.shape}")
+    whole_numbers(f"steps and units of {name!r}", array[:, :2])
+    step, unit = array[:, :2].T
+    if len(array) and (step.min() < 0 or unit.min() < 0 or unit.max() >= units):
+        raise ValueError(f"alive of {name!r} must have steps from 0 and units below {units}")
+    return array if array.shape[1] == 3 else np.column_stack([array, np.ones(len(array))])
 
 
 def _per_unit(name: str, values: ArrayLike, count: int) -> NDArray[np.int64]:

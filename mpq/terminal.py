@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = ("sensitivity", "size", "latency", "energy", "bops")
 _FIGURE_BREAK = re.compile(r" (?=±|to )")  # where figures may fold: never before their unit
 _GAP = 2  # spaces between columns
-_NAME_WIDTH = 20  # what names of layers fold to before other columns give way
+_NAME_WIDTH = 14  # what names of layers fold to before other columns give way
 
 
 def show_plan(plan: Plan) -> None:
@@ -35,8 +35,9 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_layers(console: Console, plan: Plan) -> None:
-    """The option of every layer, and what it takes."""
+    """The option of every layer, what it takes, and what it saves of what has a budget."""
     rows = []
+    saved = _savings(plan)
     largest = max(entry.value_bits * entry.layer.parameters for entry in plan.entries)
     pinned = _pinned(plan)
     for entry in plan.entries:
@@ -50,10 +51,28 @@ def show_layers(console: Console, plan: Plan) -> None:
                 f"{entry.choice}{mark}",
                 f"{entry.value_bits:.3g}",
                 format_quantity(entry.storage_bits / 8, "B"),
+                *(texts[len(rows)] for texts in saved.values()),
                 "█" * max(1, round(8 * entry.value_bits * layer.parameters / largest)),
             )
         )
-    print_table(console, ("layer", "kind", "weights", "option", "bits", "size", "bytes"), rows, right=(2, 4, 5))
+    titles = tuple(f"saves {name}" for name in saved)
+    header = ("layer", "kind", "weights", "option", "bits", "size", *titles, "bytes")
+    print_table(console, header, rows, right=(2, *range(4, 6 + len(titles))))
+    if saved:
+        console.print("saves: against the layer's most accurate option", highlight=False)
+
+
+def _savings(plan: Plan) -> dict[str, list[str]]:
+    """What each layer's choice saves of every budget but size, against its most accurate option; needs the table."""
+    table = plan.table
+    names = [name for name in dict.fromkeys(b.quantity for b in plan.budgets) if name not in ("size", "value_size")]
+    if table is None or table.granularity != "layer" or plan.edited or not names:
+        return {}
+    from mpq.explanation import savings
+    from mpq.planning import choices_of
+
+    saved = savings(table, choices_of(table, plan), names)
+    return {name: [format_quantity(float(v), table.measures[name]) for v in values] for name, values in saved.items()}
 
 
 def plan_lines(plan: Plan) -> Iterable[str]:
@@ -75,6 +94,8 @@ def plan_lines(plan: Plan) -> Iterable[str]:
         yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{why}"
     for budget in plan.budgets:
         yield f"budget: {budget.meaning}"
+    for text in plan.provenance.get("binding", ()):
+        yield f"binds: {text}"
     if plan.proof is not None:
         gap = "" if plan.proof.gap is None else f", gap {plan.proof.gap:.2g}"
         yield f"proof: {plan.proof.status} for the predicted table{gap}"
@@ -156,7 +177,7 @@ def show_inspection(inspection: Inspection) -> None:
             reach.quantity,
             *(format_quantity(value, reach.measure) for value in (reach.low, reach.high)),
             "" if reach.whole is None else format_quantity(reach.whole, reach.measure),
-            "" if not reach.whole else f"{reach.low / reach.whole:.1%} to {reach.high / reach.whole:.1%}",
+            "" if not reach.whole else _range(reach.low / reach.whole, reach.high / reach.whole),
         )
         for reach in inspection.reaches
     ]
@@ -171,6 +192,10 @@ def show_inspection(inspection: Inspection) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """BOPs against published totals and against counting."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,43 @@ def test_totals_of_resnet18_are_hawqs():
     assert in_fp32 == pytest.approx(published["fp32"], rel=0.005)
 
 
-@pytest.mark.parametrize(
-    ("network", "macs_by_bits"),
-    [("FINN-TFC_W2A2", {(2, 2): 59008}), ("FINN-CNV_W2A2", {(2, 8): 1555200, (2, 2): 57906176})],
-)
-def test_totals_of_qonnx_networks(network, macs_by_bits):
-    total = reference("qonnx_inference_cost.json")["expected"][network]["expected_dense"]["total_cost"]
-    bits = np.array(list(macs_by_bits))
-    table = bit_operations(list(macs_by_bits.values()), bits[:, 0], bits[:, 1])
-    assert sum(macs_by_bits.values()) == total["total_macs"]
+SCALED = r"(?:SCALED)?U?INT<?(\d+)>?"
+
+
+@pytest.mark.parametrize("network", ["FINN-CNV_W2A2", "FINN-TFC_W2A2", "RadioML_VGG10"])
+@pytest.mark.parametrize("count", ["expected_dense", "expected_sparse"])
+def test_totals_of_qonnx_networks(network, count):
+    total = reference("qonnx_inference_cost.json")["expected"][network][count]["total_cost"]
+    products = [(re.fullmatch(f"op_mac_{SCALED}_{SCALED}", name), macs) for name, macs in total.items()]
+    rows = [(macs, int(found[2]), int(found[1])) for found, macs in products if found]
+    table = bit_operations(*(list(column) for column in zip(*rows, strict=True)))
+    assert sum(macs for macs, _, _ in rows) == total["total_macs"]
     assert np.trace(table) == total["total_bops"]
+    stored = [(re.fullmatch(f"mem_w_{SCALED}", name), elements) for name, elements in total.items()]
+    assert sum(int(found[1]) * elements for found, elements in stored if found) == total["total_mem_w_bits"]
+
+
+def test_nncf_counts_two_operations_in_the_wider_of_both_widths():
+    macs, weights, activations = [5, 7], [2, 8, 4], [8, 4, 4]
+    counted = [[sum(max(w, a) for _ in range(2 * m)) for w, a in zip(weights, activations, strict=True)] for m in macs]
+    assert bit_operations(macs, weights, activations, convention="nncf").tolist() == counted
+
+
+def test_nncf_compression_ratio_is_over_the_model_in_8_bits():
+    # NNCF compares a plan with the same network in int8 throughout: half the work in 4 bits is 8 / 6.
+    plan = np.trace(bit_operations([100, 100], [4, 8], [4, 4], convention="nncf"))
+    assert bit_operations([100, 100], [8], [8], convention="nncf").sum() / plan == pytest.approx(8 / 6)
+
+
+def test_additions_are_counted_in_an_accumulator_that_holds_them():
+    # Products of 4 and 8 bits have 12; 256 of them need 8 more. 32 bit operations of products, 20 of additions.
+    assert bit_operations([1], [4], [8], convention="additions", reduction=[256]).tolist() == [[32 + 20]]
+    both = bit_operations([3, 10], [4, 2], [8, 2], convention="additions", reduction=[1, 64])
+    assert both.tolist() == [[3 * (32 + 12), 3 * (4 + 4)], [10 * (32 + 18), 10 * (4 + 10)]]
+
+
+def test_an_unknown_convention_is_refused():
+    with pytest.raises(ValueError, match="unknown convention of bit operations 'nncff': did you mean 'nncf'"):
+        bit_operations([1], [4], [8], convention="nncff")
+    with pytest.raises(ValueError, match="'additions' needs reduction"):
+        bit_operations([1], [4], [8], convention="additions")

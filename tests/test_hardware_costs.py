@@ -144,9 +144,7 @@ def test_storage_has_sizes_and_no_latency():
     assert frame.loc[("fc", "q4_k"), "size"] == 64 * 256 * 4.5 / 8
 
 
-def test_context_is_refused_with_the_way_out(t4):
-    with pytest.raises(ValueError, match="context must be None, got 4096"):
-        t4.costs(NETWORK, SearchSpace(["int4"]), context=4096)
+def test_an_unknown_phase_is_refused(t4):
     with pytest.raises(ValueError, match="phase must be None, 'prefill' or 'decode', got 'train'"):
         t4.costs(NETWORK, SearchSpace(["int4"]), phase="train")
 

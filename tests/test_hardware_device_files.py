@@ -7,6 +7,7 @@ import pytest
 
 import mpq.hardware_models as hardware
 from mpq.hardware_models.device_file import parse_target
+from mpq.hardware_models.kernel_rows import REFUSED, first_row
 
 SMALL = """\
 schema = 1
@@ -101,11 +102,12 @@ def test_description_shows_every_number_with_its_sources(name):
 
 def test_small_file_is_read():
     target = parse_target(SMALL, "small.toml")
-    unit = target.units[0]
-    assert (target.name, unit.ops_per_s, unit.align_k, unit.align_n) == ("small", 0.25e12, 32, 1)
-    assert target.memory.bytes_per_s == 0.5e9
+    (roofline,) = target.models
+    unit = roofline.rows[0].unit
+    assert (target.name, unit["ops_per_s"], unit["align_k"], "align_n" in unit) == ("small", 1e12, 32, False)
+    assert roofline.memory["bandwidth_Bps"] == 1e9
     estimates = {(number.where, number.key) for number in target.numbers if number.is_estimate}
-    assert estimates == {("compute int8-unit", "efficiency"), ("fallback 1 to fp-unit", "dequant_s_per_weight")}
+    assert estimates == {("compute int8-unit", "efficiency"), ("fallback fp-unit", "dequant_s_per_weight")}
 
 
 @pytest.mark.parametrize(
@@ -120,14 +122,15 @@ def test_small_file_is_read():
     ],
 )
 def test_pairs_find_their_unit_by_name_or_family(weight, activation, unit):
-    target = parse_target(SMALL)
-    row = target.row(weight, activation, "linear")
-    assert (None if row is None else target.unit(row).name) == unit
+    rows = parse_target(SMALL).models[0].rows
+    row = first_row(rows, weight, activation, "linear")
+    assert (None if row == REFUSED else rows[row].unit["unit"]) == unit
 
 
 def test_rows_may_be_for_some_kinds_of_layers_only():
     target = parse_target(SMALL.replace('runs_as = "fp-unit"', 'runs_as = "fp-unit"\nops = ["linear", "conv*"]'))
-    assert [target.row("int4", "fp16", kind) for kind in ("linear", "conv_transpose2d", "experts")] == [2, 2, None]
+    rows, kinds = target.models[0].rows, ("linear", "conv_transpose2d", "depthwise_conv2d", "experts")
+    assert [first_row(rows, "int4", "fp16", kind) for kind in kinds] == [2, 2, REFUSED, REFUSED]
 
 
 # What is replaced in the file above, what by, and the message.
@@ -226,7 +229,7 @@ WRONG = [
     (
         "[memory.dram]",
         "[memory.drum]",
-        "small.toml:20: unknown table or key 'memory.drum': did you mean 'memory.dram'?",
+        "small.toml:20: unknown table or key 'memory.drum': did you mean 'memory.dram'",
     ),
     (
         "[[fallback]]",
@@ -234,9 +237,19 @@ WRONG = [
         "small.toml:45: [[fallback]] number 1: fallback must be a table that begins with [[fallback]]",
     ),
     (
-        "align_k = 32",
-        "energy_pJ_per_mac = 0.1",
-        "energy needs energy_pJ_per_bit in [memory.dram] and energy_pJ_per_mac in every",
+        "bandwidth_Bps = 1e9\nefficiency = 0.5",
+        "bandwidth_Bps = 1e9",
+        "small.toml:20: [memory.dram]: bandwidth_Bps and efficiency go together: efficiency is missing",
+    ),
+    (
+        "[memory.dram]\nbandwidth_Bps = 1e9\nefficiency = 0.5",
+        "[memory.dram]\ncapacity_bytes = 1e9",
+        "small.toml: [memory.dram] with bandwidth_Bps is missing: [[compute]] needs it",
+    ),
+    (
+        "bandwidth_Bps = 1e9\nefficiency = 0.5",
+        'bandwidth_Bps = 1e9\nefficiency = 0.5\nholds = ["weight"]',
+        "small.toml:23: [memory.dram]: holds must be one of weights, activations, got 'weight'",
     ),
 ]
 
@@ -254,16 +267,23 @@ def test_all_problems_are_told_at_once():
     with pytest.raises(ValueError, match="eficiency") as caught:
         parse_target(text, "small.toml")
     lines = str(caught.value).splitlines()
-    assert [line.split(":")[1] for line in lines] == ["21", "20", "30", "25"]
+    assert [line.split(":")[1] for line in lines] == ["21", "30", "25", "20"]
 
 
-@pytest.mark.parametrize("table", ["[target]", "[memory.dram]", "[[compute]]", "[[source]]"])
+@pytest.mark.parametrize("table", ["[target]", "[[source]]", "[memory.dram] with bandwidth_Bps"])
 def test_a_missing_table_is_named(table):
     parts = SMALL.split("\n\n")
-    text = "\n\n".join(part for part in parts if not part.startswith(table))
+    text = "\n\n".join(part for part in parts if not part.startswith(table.split(" ")[0]))
     with pytest.raises(ValueError, match="is missing") as caught:
         parse_target(text, "small.toml")
     assert f"small.toml: {table} is missing" in str(caught.value)
+
+
+def test_a_file_that_describes_no_family_is_told_what_it_needs():
+    parts = SMALL.split("\n\n")
+    text = "\n\n".join(part for part in parts if not part.startswith(("[[compute]]", "[[fallback]]")))
+    with pytest.raises(ValueError, match=r"small.toml: nothing says how fast the target is: .*\[compute\]"):
+        parse_target(text, "small.toml")
 
 
 def test_texts_over_several_lines_do_not_shift_lines():

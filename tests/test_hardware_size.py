@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mpq.formats import parse
 from mpq.hardware_models.size import size_bytes, value_bytes
@@ -62,6 +64,19 @@ def test_rows_are_layers_and_columns_are_formats_also_where_layers_share_a_shape
         for row, one in zip(table, layers, strict=True):
             expected = [one.weight_bytes if fmt is None else bytes_of(one.weight_shape, fmt) for fmt in formats]
             assert row.tolist() == expected
+
+
+shapes = st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=5).map(tuple), min_size=1, max_size=4)
+granularities = st.sampled_from(["", "@tensor", "@channel", "@token", "@group1", "@group32"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, granularities)
+def test_many_shapes_at_once_take_what_each_takes_alone(drawn, granularity):
+    texts = [f"int3{granularity}", f"uint5{granularity}", f"bcq2{granularity}", "nvfp4", "q4_k", "fp16", "fixed4.3"]
+    formats = [parse(text) for text in texts]
+    table = size_bytes([layer(f"{index}", *shape) for index, shape in enumerate(drawn)], formats)
+    assert (8 * table).tolist() == [[fmt.storage_bits(shape) for fmt in formats] for shape in drawn]
 
 
 def test_no_layers_and_no_formats_make_empty_tables():

@@ -27,9 +27,9 @@ VERBS = (
 )
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
-    *("batches", "binary_coding", "cache", "dataflow", "demo", "demo_training", "fake_quantize", "gguf_blocks"),
-    *("grids", "parameters", "quantizer", "rounding", "surgery", "task_choice", "tasks", "tracing", "verification"),
-    "weight_view",
+    *("activations", "batches", "binary_coding", "cache", "calls", "dataflow", "demo", "demo_training"),
+    *("fake_quantize", "gguf_blocks", "grids", "parameters", "quantizer", "rounding", "surgery", "task_choice"),
+    *("tasks", "tracing", "verification", "weight_view"),
 }
 HEAVY = {"torch", "pulp", "optuna", "pandas", "matplotlib", "plotly", "scipy", "rich", "pyarrow"}
 PRINTING_FILES = {"mpq/__main__.py", "mpq/terminal.py", "mpq/demo_training.py"}

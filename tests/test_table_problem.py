@@ -18,7 +18,7 @@ def coupled_table(**changes):
         "options": ["int4", "int8"],
         "quantities": {name: rng.uniform(1, 9, (3, 2)) for name in ("sensitivity", "size", "latency", "stage", "peak")},
         "aggregates": {"stage": "max", "peak": "peak"},
-        "alive": {"peak": [(0, 0), (1, 0), (1, 1), (2, 2)]},
+        "alive": {"peak": [(0, 0, 1), (1, 0, 1), (1, 1, 0.5), (2, 2, 2)]},
         "offsets": {"size": 2.5, "latency": 0.5, "stage": 0.25, "peak": 3.0, "sensitivity": 0.0},
         "pairs": {(0, 1): rng.normal(size=(2, 2))},
         "transitions": {"latency": {(1, 2): rng.uniform(size=(2, 2)), (0, 2): rng.uniform(size=(2, 2))}},
@@ -35,8 +35,8 @@ def by_loops(table, choices):
             found[name] = max(chosen)
         elif name == "peak":
             steps = {}
-            for step, unit in table.alive["peak"]:
-                steps[step] = steps.get(step, 0) + chosen[unit]
+            for step, unit, factor in table.alive["peak"]:
+                steps[step] = steps.get(step, 0) + factor * chosen[int(unit)]
             found[name] = max(steps.values())
         else:
             found[name] = sum(chosen)

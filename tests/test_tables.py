@@ -115,6 +115,9 @@ def test_missing_and_repeated_rows_are_named():
         ({"measures": {"sensitivity": "s"}}, "'sensitivity' must be in loss or score"),
         ({"parameters": [1]}, "parameters must have one entry a unit"),
         ({"aggregates": {"size": "peak"}}, "alive must say"),
+        ({"alive": {"size": [(0, 0, 1, 1)]}}, r"alive of 'size' must be \(n, 2\) of step, unit or \(n, 3\)"),
+        ({"alive": {"size": [(0, 7)]}}, "steps from 0 and units below"),
+        ({"alive": {"size": [(0.5, 0)]}}, "must hold whole numbers"),
         ({"units": [], "quantities": {"size": np.zeros((0, 2))}}, "at least one of its units"),
     ],
 )
