@@ -35,6 +35,7 @@ class Cells:
         batch: samples a pass.
         phase: None or "prefill" as traced, "decode" one position a sample.
         context: positions in the cache that attention reads in "decode"; None: as many as in the trace.
+        bops: the convention of bit operations (`bops.CONVENTIONS`).
 
     Example:
         >>> from mpq.layers import Layer, Network
@@ -51,6 +52,7 @@ class Cells:
     batch: int = 1
     phase: str | None = None
     context: int | None = None
+    bops: str = "hawq"
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Cells:
         batch: int = 1,
         phase: str | None = None,
         context: int | None = None,
+        bops: str = "hawq",
     ) -> Cells:
         """The options in order, then the unquantised model as the last column.
 
@@ -70,7 +73,7 @@ class Cells:
         check_context(phase, context)
         weights = (*(option.weight for option in options), None)
         activations = (*(option.activation for option in options), None)
-        return cls(network, weights, activations, batch, phase, context)
+        return cls(network, weights, activations, batch, phase, context, bops)
 
     @property
     def shape(self) -> tuple[int, int]:

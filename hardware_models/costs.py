@@ -34,12 +34,13 @@ def costs_frame(
     batch: int = 1,
     phase: str | None = None,
     context: int | None = None,
+    bops: str = "hawq",
 ) -> pd.DataFrame:
     """The table that `Target.costs` returns; see there."""
     import pandas as pd
 
     candidates, options = space.candidates(network), space.all_options
-    cells = Cells.of(network, options, batch=batch, phase=phase, context=context)
+    cells = Cells.of(network, options, batch=batch, phase=phase, context=context, bops=bops)
     prices = price(target, cells)
     is_candidate = _candidate_mask(candidates, options)
     refused = np.zeros(cells.shape, dtype=bool) if prices.reasons is None else prices.reasons.astype(bool)

@@ -41,10 +41,10 @@ def load(name_or_path: str | Path) -> Target:
     Example:
         >>> load("nvidia-t4").runtime
         'TVM kernels as in HAWQ-V3, batch 8'
-        >>> load("nvidia-t5")
+        >>> load("gap9")
         Traceback (most recent call last):
         ...
-        ValueError: unknown target 'nvidia-t5': did you mean 'nvidia-t4'?
+        ValueError: unknown target 'gap9': did you mean 'gap8'?
     """
     path = Path(name_or_path)
     if path.suffix != ".toml" and path.name == str(name_or_path):

@@ -7,10 +7,10 @@
 Other work on a machine only adds time, so the smallest of several runs is nearest to the truth; it adds about as much
 to the reference that runs in turn with the kernel, so the ratio of the two repeats where times do not. A kernel of one
 thread is timed by its processor time: on a busy machine nothing that takes longer than the scheduler's slices, some
-milliseconds, ever runs without a break, however often it is tried. On two cores shared by 13 processes, times moved by
-up to 1.9 between repeats, ratios of products that compute by 2 to 6 %, of ones that wait for memory by 16 to 20 % and at
-worst 37 %. Kernels are timed alone, with their weights in the cache where
-they fit: a network's layers, one after the other, may be slower, and fused neighbours faster (`calibration.py`).
+milliseconds, ever runs without a break, however often it is tried. (Whole networks against the sum of their layers, two
+cores, load average 7: 45 % off by passing time, 7 to 23 % by processor time.) Kernels are timed alone, with their
+weights in the cache where they fit: a network's layers, one after the other, may be slower, and fused neighbours faster
+(`calibration.py`).
 
 Work that takes less than 0.2 ms runs several times a timing. Repeats are added while the spread exceeds 15 %, up to
 three times as many.

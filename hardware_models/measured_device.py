@@ -10,10 +10,11 @@ import numpy as np
 from .measured import WIDE, Measured, Timing
 
 _NOTES = """\
-Each kernel was timed alone, in turn with one fp32 product of 64 x 768 x 768, {repeats} times {rounds} rounds; its
-latency is the median ratio times the fastest reference, {reference:.3g} us. Load average {load}; {wide} of {rows} rows
-differ by more than {limit:.0%} between repeats (median {median:.1%}, worst {worst:.1%}). A network is not the sum of
-its kernels: neighbours fuse and share caches. Calibrate with a measured network where totals matter."""
+Each kernel was timed alone, in turn with one fp32 product of 64 x 768 x 768, {repeats} times {rounds} rounds, by the
+processor time of its thread where it has one thread. Its latency is the median ratio times the fastest reference,
+{reference:.3g} us. Load average {load}; {wide} of {rows} rows differ by more than {limit:.0%} between repeats
+(median {median:.1%}, worst {worst:.1%}). A network is not the sum of its kernels: neighbours fuse and share caches.
+Calibrate with a measured network where totals matter."""
 
 
 def device_text(name: str, table_file: str, measured: Measured, timing: Timing, today: str = "") -> str:

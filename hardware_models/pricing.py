@@ -28,15 +28,16 @@ def price(target: Target, cells: Cells) -> Prices:
 
 def storage_prices(cells: Cells) -> Prices:
     """What needs no hardware: size, value_size and bops (a sample)."""
-    macs = cells.work.macs / cells.batch
+    macs, bits = cells.work.macs / cells.batch, (cells.weight_bits, cells.activation_bits)
     return Prices(
         tables={
             "size": cells.weight_bytes,
             "value_size": value_bytes(cells.network.layers, cells.weights),
-            "bops": bit_operations(macs, cells.weight_bits, cells.activation_bits),
+            "bops": bit_operations(macs, *bits, convention=cells.bops, reduction=cells.work.k),
         },
         measures={"size": "B", "value_size": "B", "bops": "bops"},
         offsets={"size": float(cells.network.outside_bytes)},
+        notes={"bops": f"convention of {cells.bops}"},
     )
 
 

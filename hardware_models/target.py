@@ -72,6 +72,8 @@ class Target:
         batch: int = 1,
         phase: str | None = None,
         context: int | None = None,
+        *,
+        bops: str = "hawq",
     ) -> pd.DataFrame:
         """What every option of every layer costs on this target.
 
@@ -81,22 +83,23 @@ class Target:
             batch: samples a pass; size and bops do not depend on it.
             phase: None or "prefill" prices the positions as traced, "decode" one position a sample.
             context: positions in the cache that attention reads, in "decode" only; None: as many as in the trace.
+            bops: convention of bit operations: "hawq" (and qonnx), "nncf" or "additions" (`hardware_models.bops`).
 
         Returns:
             A frame indexed by (layer, option label) with the columns size [B] (scales included), value_size [B]
             (values alone), bops (a sample), and whatever the target's families price: latency [s], energy [J], luts.
             Its attrs: measures {column: unit}, aggregates and alive {column: how layers add up where that is no sum},
             reference {column: value of the model as it stands, unquantised}, reference_meaning {column: what that is},
-            offsets {column: what lies outside the layers}, limits {column: the most that the device has}, transitions {column: {(producer, reader) by position: costs of
-            converting, (options, options)}}, estimates
-            (columns that rest on a number marked estimate), refused {(layer, option): reason}, provenance (target,
-            runtime, batch, phase, context, sources, estimates by name, notes by column).
+            offsets {column: what lies outside the layers}, limits {column: the most that the device has}, transitions
+            {column: {(producer, reader) by position: costs of converting, (options, options)}}, estimates (columns that
+            rest on a number marked estimate), refused {(layer, option): reason}, provenance (target, runtime, batch,
+            phase, context, sources, estimates by name, notes by column).
 
         Raises:
             ValueError: if batch is not positive, the phase is unknown or does not fit the layers, or a context comes
                 without the phase "decode".
         """
-        return costs_frame(self, network, space, batch=batch, phase=phase, context=context)
+        return costs_frame(self, network, space, batch=batch, phase=phase, context=context, bops=bops)
 
     def describe(self) -> str:
         """Every number with its unit, kind and source, then how the families read them, and the sources."""

@@ -19,7 +19,7 @@ MODEL_HELP = (
     "or a transformers folder (with --data TEXT)."
 )
 
-RUN = ("hardware", "batch", "phase", "context")
+RUN = ("hardware", "batch", "phase", "context", "bops")
 
 INTERRUPTED = {"search": "; with --cache FOLDER a search keeps what it has measured"}
 
@@ -118,6 +118,13 @@ def space_options(command: Command) -> Command:
         ),
         click.option(
             "--context", type=click.IntRange(min=1), help="Positions in the cache that attention reads, in decode."
+        ),
+        click.option(
+            "--bops",
+            type=click.Choice(["hawq", "nncf", "additions"]),
+            default="hawq",
+            show_default=True,
+            help="How bit operations are counted: HAWQ's and qonnx's way, NNCF's, or with accumulators.",
         ),
         click.option("--sensitivity", default="auto", show_default=True, help="Method of `mpq list`."),
         click.option(

@@ -56,6 +56,7 @@ def inspect_model(
     batch: int = 1,
     phase: str | None = None,
     context: int | None = None,
+    bops: str = "hawq",
 ) -> Inspection:
     """Trace and price a model and time one forward pass.
 
@@ -67,8 +68,8 @@ def inspect_model(
     from mpq.task_choice import TASKS, choose_task
 
     batches = batches_of(data)
-    run = {"batch": batch, "phase": phase, "context": context}
-    priced = price(model, batches, space, hardware=hardware, granularity=granularity, **run)  # type: ignore[arg-type]
+    run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops}
+    priced = price(model, batches, space, hardware=hardware, granularity=granularity, **run)
     samples = samples_in(batches)
     with evaluating(model):
         chosen = choose_task(model, batches[0], task)

@@ -88,7 +88,8 @@ def search(  # noqa: PLR0917 - the order is public
     if holdout is None:
         return plan
     verify = import_module("mpq.verification").verify
-    report = verify(model, holdout, plan, task=settings.get("task"), quantizer=settings.get("quantizer"))
+    same = {name: settings[name] for name in ("task", "quantizer", "progress") if name in settings}
+    report = verify(model, holdout, plan, baselines=(), seed=seed, **same)
     return replace(plan, measured=report.measured)
 
 
@@ -147,6 +148,7 @@ def measure(
     batch: int = 1,
     phase: str | None = None,
     context: int | None = None,
+    bops: str = "hawq",
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
@@ -168,6 +170,7 @@ def measure(
         batch: samples a pass, for latency and energy.
         phase: None or "prefill" prices the positions of the data, "decode" one position a sample.
         context: positions in the cache that attention reads, in "decode".
+        bops: convention of bit operations: "hawq", "nncf" or "additions".
         seed: as for `search`.
         cache: as for `search`.
         progress: show a bar on a terminal.
@@ -181,9 +184,8 @@ def measure(
 
     space = space if isinstance(space, SearchSpace) else SearchSpace(space)
     data = batches_of(data)  # read once: a loader may shuffle, a generator ends
-    priced = price(
-        model, data, space, hardware=hardware, granularity=granularity, batch=batch, phase=phase, context=context
-    )
+    run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops}
+    priced = price(model, data, space, hardware=hardware, granularity=granularity, **run)
     if budgets is not None:
         priced.check_reachable(budgets, solver)
     frame = import_module("mpq.sensitivity").estimate(
@@ -276,6 +278,7 @@ def price(
     batch: int = 1,
     phase: str | None = None,
     context: int | None = None,
+    bops: str = "hawq",
 ) -> Priced:
     """Trace the model on the first batch and price every option; nothing is measured. Arguments as for `measure`.
 
@@ -291,7 +294,7 @@ def price(
         raise ValueError("the model must have a layer to plan (linear, convolution, embedding), found none")
     space.candidates(network)
     network.units(granularity)
-    costs = _target(hardware).costs(network, space, batch=batch, phase=phase, context=context)
+    costs = _target(hardware).costs(network, space, batch=batch, phase=phase, context=context, bops=bops)
     _check_rows(costs, network, space)
     return Priced(network, space, granularity, costs)
 

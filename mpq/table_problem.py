@@ -149,6 +149,7 @@ def _resource(table: CostTable, name: str, finite: NDArray[np.float64]) -> Any:
         return finite
     units = np.arange(len(table.units))
     step, unit, factor = (units, units, np.ones(len(units))) if how == "max" else held(table.alive[name])
-    step, unit, factor = (np.repeat(entries, len(table.options)) for entries in (step, unit, factor))
-    option = np.tile(np.arange(len(table.options)), len(step) // len(table.options))
-    return SparsePeak(step=step, layer=unit, option=option, value=factor * finite[unit, option])
+    count = len(table.options)
+    option = np.tile(np.arange(count), len(step))
+    value = np.repeat(factor, count) * finite[np.repeat(unit, count), option]
+    return SparsePeak(step=np.repeat(step, count), layer=np.repeat(unit, count), option=option, value=value)

@@ -12,13 +12,15 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from mpq.budgets import format_quantity
+from mpq.verification_report import figure_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mpq.confidence import Estimate
     from mpq.inspection import Inspection
     from mpq.plan import Plan
-    from mpq.verification import Verification
+    from mpq.verification_report import Verification
 
 _SHOWN = ("sensitivity", "size", "latency", "energy", "bops")
 _FIGURE_BREAK = re.compile(r" (?=±|to )")  # where figures may fold: never before their unit
@@ -72,7 +74,11 @@ def _savings(plan: Plan) -> dict[str, list[str]]:
     from mpq.planning import choices_of
 
     saved = savings(table, choices_of(table, plan), names)
-    return {name: [format_quantity(float(v), table.measures[name]) for v in values] for name, values in saved.items()}
+    return {
+        name: [format_quantity(float(value), table.measures[name]) for value in values]
+        for name, values in saved.items()
+        if values.any()
+    }
 
 
 def plan_lines(plan: Plan) -> Iterable[str]:
@@ -133,25 +139,48 @@ def plan_csv(plan: Plan) -> str:
 
 
 def show_verification(verification: Verification, *, data: str = "held-out") -> None:
-    """Measured figures of the plan, of uniform precisions and of full precision; `data` says on what."""
+    """Measured figures of the plan, of baselines and of full precision; `data` says on what."""
     console = open_console()
-    rows = [
-        (
-            row.name,
-            format_quantity(row.size_bytes, "B"),
-            " ±".join(_figures(row.divergence, row.divergence_se)),
-            "" if row.predicted is None else _figures(row.predicted)[0],
-            "" if row.loss is None else f"{row.loss:.4f}",
-            "" if row.agreement is None else f"{row.agreement:.1%}",
-            {True: "yes", False: "no", None: ""}[row.fits],
-        )
-        for row in verification.rows
-    ]
-    name = verification.divergence_name
-    header = ("", "size", f"{name} measured", "predicted", "loss", "agree", "fits")
-    print_table(console, header, rows, right=(1, 2, 3, 4, 5))
-    console.print(f"measured on {verification.samples} {data} samples", highlight=False)
+    print_table(console, *_comparison(verification), right=(1, 2, 3, 4, 5, 6))
+    quantities = [check.texts for check in verification.quantities]
+    print_table(console, ("of the plan", "budget", "predicted", "found"), quantities, right=(1, 2, 3))
+    for line in verification.plan_lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(
+        f"measured on {verification.samples} {data} samples; ± and ranges are 95% confidence; "
+        "less: the plan's figure less this one's, sample by sample",
+        highlight=False,
+    )
+    for line in verification.notes:
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(verification.verdict, highlight=False, soft_wrap=True)
+
+
+def _comparison(verification: Verification) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows, one a model."""
+    name, metric = verification.divergence_name, verification.metric_name
+    rows: list[tuple[str, ...]] = []
+    for row in verification.rows:
+        own = row is verification.plan
+        shown = {key: figure_text(key, value.value) for key, value in row.estimates.items()}
+        rows.append(
+            (
+                row.name,
+                format_quantity(row.size_bytes, "B"),
+                _with_margin(row.estimates["divergence"]),
+                "" if own else _with_margin(verification.difference(row)),
+                "" if row.predicted is None else f"{row.predicted:.3g}",
+                shown.get(metric or "loss", ""),
+                shown.get("agreement", ""),
+                {True: "yes", False: "no", None: ""}[row.fits],
+            )
+        )
+    return ("", "size", name, "less", "predicted", metric or "loss", "agree", "fits"), rows
+
+
+def _with_margin(estimate: Estimate) -> str:
+    margin = f" ±{estimate.margin:.1g}" if math.isfinite(estimate.margin) else ""
+    return f"{estimate.value:.3g}{margin}"
 
 
 def show_inspection(inspection: Inspection) -> None:
@@ -176,8 +205,8 @@ def show_inspection(inspection: Inspection) -> None:
         (
             reach.quantity,
             *(format_quantity(value, reach.measure) for value in (reach.low, reach.high)),
-            "" if reach.whole is None else format_quantity(reach.whole, reach.measure),
-            "" if not reach.whole else _range(reach.low / reach.whole, reach.high / reach.whole),
+            "the largest" if reach.whole is None else format_quantity(reach.whole, reach.measure),
+            _range(reach.low / whole, reach.high / whole) if (whole := reach.whole or reach.high) else "",
         )
         for reach in inspection.reaches
     ]
@@ -208,12 +237,6 @@ def format_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, math.ceil(seconds))} s"
     return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _figures(*values: float) -> list[str]:
-    """Figures of one cell in one style, the first of which is never rounded to nothing."""
-    style = ".2e" if 0 < abs(values[0]) < 1e-3 else ".5f"
-    return [format(value, style) for value in values]
 
 
 def _pinned(plan: Plan) -> set[str]:

@@ -89,3 +89,18 @@ def test_an_unknown_convention_is_refused():
         bit_operations([1], [4], [8], convention="nncff")
     with pytest.raises(ValueError, match="'additions' needs reduction"):
         bit_operations([1], [4], [8], convention="additions")
+
+
+@pytest.mark.parametrize("convention", ["hawq", "nncf", "additions"])
+def test_a_target_counts_in_the_convention_it_is_asked_for(convention):
+    import mpq.hardware_models as hardware
+    from mpq.layers import Layer, Network
+    from mpq.options import SearchSpace
+
+    layer = Layer("fc", "linear", (10, 64), 640, 1280, (2, 64), (2, 10), weight_bytes=2560, batch=2)
+    frame = hardware.storage().costs(
+        Network((layer,), batch=2, total_bytes=2560), SearchSpace(["int4/int8"]), bops=convention
+    )
+    expected = {"hawq": 640 * 32, "nncf": 640 * 16, "additions": 640 * (32 + 4 + 8 + 6)}[convention]
+    assert frame["bops"].item() == expected
+    assert frame.attrs["provenance"]["notes"]["bops"] == f"convention of {convention}"

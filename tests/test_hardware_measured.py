@@ -141,8 +141,8 @@ def test_int8_is_faster_than_fp32_at_64_rows(onnxruntime):
 
 
 def test_4_bit_is_faster_than_fp32_at_one_row_of_a_large_matrix(onnxruntime):
-    fp32 = Kernel("linear", 1, 4096, 4096)
-    int4 = Kernel("linear", 1, 4096, 4096, weight="int4@group32")
+    fp32 = Kernel("linear", 1, 2048, 2048)
+    int4 = Kernel("linear", 1, 2048, 2048, weight="int4@group32")
     assert median_ratio(onnxruntime, int4, fp32, rounds=6) < 1
 
 

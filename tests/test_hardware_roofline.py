@@ -362,3 +362,16 @@ def test_keys_that_need_others_are_told(line, message):
     lines = DEVICE.splitlines()
     with pytest.raises(ValueError, match=f"compute.* number 1: {message}"):
         parse_target("\n".join([*lines[:number], line, *lines[number:]]))
+
+
+def test_an_option_outside_a_layers_own_is_told_as_that_even_where_no_kernel_runs_it():
+    network = network_of(linear("a", 8, 8, 4), linear("b", 8, 8, 4))
+    refused = (
+        parse_target(DEVICE)
+        .costs(network, SearchSpace({"*": ["int8/int8"], "a": ["int2", "int8/int8"]}))
+        .attrs["refused"]
+    )
+    assert refused == {
+        ("a", "int2"): "toy (toy kernels) has no kernel for int2 weights and fp32 inputs in a linear",
+        ("b", "int2"): "not among the layer's options",
+    }
