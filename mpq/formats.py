@@ -23,8 +23,8 @@ __all__ = [
 
 FAMILIES = (
     "int2…int16, uint2…uint16 (with zero point), minifloats fp{b}_e{E}m{M} of 3 to 8 bits (fp4_e2m1, fp6_e2m3, "
-    "fp6_e3m2, fp8_e4m3, fp8_e5m2, ...), fp16, bf16, fp32, mxint8, mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, "
-    "mxfp4, nvfp4, nf4, bcq1…bcq4, log2…log8, fixed{i}.{f}, and the GGUF types (q4_0, q4_k, q6_k, iq4_xs, ...)"
+    "fp6_e3m2, fp8_e4m3, fp8_e5m2, ...), fp16, bf16, fp32, fp64, mxint8, mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, "
+    "mxfp6_e3m2, mxfp4, nvfp4, nf4, bcq1…bcq4, log2…log8, fixed{i}.{f}, and the GGUF types (q4_0, q4_k, q6_k, ...)"
 )
 _NOTHING: frozenset[str] = frozenset()
 
@@ -105,17 +105,20 @@ class Minifloat(NumberFormat):
         return float((2 - 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias))
 
 
+FLOAT_BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
+
+
 @dataclass(frozen=True, repr=False)
 class Float(NumberFormat):
-    """``fp16``, ``bf16``, ``fp32``: a cast without scale. What would overflow becomes the largest finite value."""
+    """``fp16``, ``bf16``, ``fp32``, ``fp64``: a cast without scale; what would overflow is the largest finite value."""
 
     takes: ClassVar[frozenset[str]] = _NOTHING
     kind: str
 
     def _layout(self) -> Layout:
-        if self.kind not in ("fp16", "bf16", "fp32"):
-            raise ValueError(f"float must be fp16, bf16 or fp32, got {self.kind!r}")
-        return Layout(self.kind, 32 if self.kind == "fp32" else 16, scale=None)
+        if self.kind not in FLOAT_BITS:
+            raise ValueError(f"float must be one of {', '.join(FLOAT_BITS)}, got {self.kind!r}")
+        return Layout(self.kind, FLOAT_BITS[self.kind], scale=None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -289,8 +292,7 @@ _NUMBERED: tuple[tuple[str, Callable[..., NumberFormat]], ...] = (
     (r"fixed(\d+)\.(\d+)", FixedPoint),
 )
 _NAMED: dict[str, NumberFormat] = {
-    fmt.name: fmt
-    for fmt in (*map(Float, ("fp16", "bf16", "fp32")), *map(MX, MX_ELEMENTS), NVFP4(), NF4(), *map(GGUF, GGUF_BLOCKS))
+    fmt.name: fmt for fmt in (*map(Float, FLOAT_BITS), *map(MX, MX_ELEMENTS), NVFP4(), NF4(), *map(GGUF, GGUF_BLOCKS))
 }
 
 

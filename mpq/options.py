@@ -163,7 +163,8 @@ class SearchSpace:
             if bare := [option for option in result[name] if option.weight is None]:
                 raise ValueError(f"option {bare[0]} of layer {name!r} has no weight format, and the layer has weights")
         for group in self.tied_layers(network):
-            if not set.intersection(*(set(result[name]) for name in group)):
+            own = {id(result[name]): result[name] for name in group}  # layers share tuples; hashing options is slow
+            if len(own) > 1 and not set.intersection(*map(set, own.values())):
                 raise ValueError(
                     f"tied layers must share an option, {', '.join(group)} share none: "
                     "pin them alike, widen their options, or pass ties=None"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,11 +21,22 @@ class Quantizer(Protocol):
     """Quantise-dequantise a weight in the (out, in...) view.
 
     A score is always taken on the error of the quantiser that will be deployed: GPTQ, AWQ, AutoRound and the like are
-    quantisers, as is a database of weights they made, looked up by layer and format.
+    quantisers, as is a database of weights they made (`mpq.weight_database`), looked up by layer and format.
+
+    Units finer than layers are quantised as tensors of their own, groups of columns as rows (`quantised_rows`). A
+    quantiser that knows better has a method `units(rows, fmt, layer, granularity)` beside this one.
     """
 
     def __call__(self, rows: Tensor, fmt: NumberFormat, layer: Layer) -> Tensor:
         """The quantised weight, same shape and dtype as `rows`; `layer` says which one it is."""
+
+
+@runtime_checkable
+class UnitQuantizer(Protocol):
+    """What a quantiser has that decides itself how units finer than layers are quantised."""
+
+    def units(self, rows: Tensor, fmt: NumberFormat, layer: Layer, granularity: str) -> Tensor:
+        """The whole layer's weight with every unit of it quantised, same shape and dtype as `rows`."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,12 @@ def quantised_rows(rows: Tensor, fmt: NumberFormat, layer: Layer, granularity: s
         ValueError: if the format shares a scale between rows and the layer is cut.
     """
     kind, size = block_size(granularity)
+    if kind != "layer":
+        check_splittable(fmt, granularity)
+    if isinstance(quantizer, UnitQuantizer):
+        return quantizer.units(rows, fmt, layer, granularity)
     if kind == "layer":
         return quantizer(rows, fmt, layer)
-    check_splittable(fmt, granularity)
     if kind == "rows":
         return quantizer(rows, fmt, layer)
     matrix = rows.reshape(rows.shape[0], -1)

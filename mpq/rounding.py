@@ -6,17 +6,17 @@ Every function leaves its inputs as they were and returns the dtype of its first
 import torch
 from torch import Tensor
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def float_cast(x: Tensor, kind: str) -> Tensor:
-    """Values in fp16, bf16 or fp32; beyond the largest finite value they saturate.
+    """Values in fp16, bf16, fp32 or fp64; beyond the largest finite value they saturate.
 
     Example:
         >>> float_cast(torch.tensor([1.0, 2049.0, 1e30]), "fp16")
         tensor([1.0000e+00, 2.0480e+03, 6.5504e+04])
     """
-    limit = torch.finfo(_DTYPES[kind]).max
+    limit = min(torch.finfo(_DTYPES[kind]).max, torch.finfo(x.dtype).max)
     return x.clamp(-limit, limit).to(_DTYPES[kind]).to(x.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.batches import Batch, call, split_batch, takes_labels
-from mpq.tasks import CustomLoss, Distribution, Features, LossFunction, Task, output_fields, output_tensor
+from mpq.tasks import CustomLoss, Distribution, Features, LossFunction, Task, cloned, output_fields, output_tensor
 
 TASKS: Mapping[str, Task] = {
     "classification": Distribution(),
@@ -26,7 +26,7 @@ def choose_task(model: nn.Module, batch: Batch, task: Task | LossFunction | str 
     its labels.
 
     Args:
-        model: run once on the batch where the data alone does not decide.
+        model: run once on a copy of the batch where the data alone does not decide.
         batch: one batch of the data.
         task: a `Task`, a function `(model, batch) -> loss`, or "classification", "causal-lm" or "features".
 
@@ -42,7 +42,7 @@ def choose_task(model: nn.Module, batch: Batch, task: Task | LossFunction | str 
     inputs, targets = split_batch(batch)
     with torch.no_grad():
         with_labels = isinstance(batch, Mapping) and takes_labels(model) != "no"
-        output = call(model, batch if with_labels else inputs)
+        output = call(model, cloned(batch if with_labels else inputs))
     fields = output_fields(output)
     if "loss" in fields and "logits" not in fields:
         return CustomLoss(_own_loss)

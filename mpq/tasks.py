@@ -15,6 +15,7 @@ from mpq.batches import Batch, batch_size, call, model_inputs, split_batch, tens
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 IGNORED = -100  # the label that cross entropy leaves out
+_DRAWN_AT_ONCE = 2**17  # probabilities: their sums stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Distribution:
     def run(self, model: nn.Module, batch: Batch) -> Outputs:
         """Logits with classes last, and the labels aligned with them."""
         inputs, labels = split_batch(batch)
-        values = output_tensor(call(model, model_inputs(model, batch)), ("logits",))
+        values = output_tensor(call(model, cloned(model_inputs(model, batch))), ("logits",))
         mask = _padding(inputs, values)
         if not self.causal and _classes_come_second(values, labels):
             values = values.movedim(1, -1)
@@ -103,18 +104,24 @@ class Distribution:
     def sampled_losses(self, outputs: Outputs, generator: torch.Generator) -> Tensor:
         """Cross entropy against labels drawn from the model's own distribution, each position on its own."""
         logits = _single(_flat(outputs.values))
-        probabilities = logits.detach().softmax(-1).cpu()
-        labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
-        loss = functional.cross_entropy(logits, labels, reduction="none")
+        loss = functional.cross_entropy(logits, drawn_labels(logits.detach(), generator), reduction="none")
         return _mean_over_positions(loss, outputs) * outputs.positions()
 
     def divergence(self, reference: Outputs, outputs: Outputs) -> Tensor:
         """KL(reference || outputs) in nats, mean over the positions of each sample."""
+        return _mean_over_positions(self.position_divergences(reference, outputs), outputs)
+
+    def position_divergences(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """(all positions,) of KL(reference || outputs) in nats, masked ones included."""
         log_p = _flat(reference.values).double().log_softmax(-1)
         log_q = _flat(outputs.values).double().log_softmax(-1)
         terms = functional.kl_div(log_q, log_p, log_target=True, reduction="none")
-        kl = terms.masked_fill(log_p.isneginf(), 0).sum(-1)  # 0 log 0 = 0: classes the model rules out
-        return _mean_over_positions(kl.clamp_min(0), outputs)
+        kl: Tensor = terms.masked_fill(log_p.isneginf(), 0).sum(-1)  # 0 log 0 = 0: classes the model rules out
+        return kl.clamp_min(0)
+
+    def correct(self, outputs: Outputs) -> Tensor | None:
+        """(all positions,) where the most likely class is the label, or None where the data has none."""
+        return None if outputs.labels is None else _flat(outputs.values).argmax(-1) == outputs.labels.reshape(-1)
 
     def agreement(self, reference: Outputs, outputs: Outputs) -> Tensor:
         """Share of positions whose most likely class is the same."""
@@ -135,7 +142,7 @@ class Features:
     def run(self, model: nn.Module, batch: Batch) -> Outputs:
         """Features with the samples first; padding of token features is masked."""
         inputs, targets = split_batch(batch)
-        values = output_tensor(call(model, model_inputs(model, batch)), ("last_hidden_state", "logits"))
+        values = output_tensor(call(model, cloned(model_inputs(model, batch))), ("last_hidden_state", "logits"))
         return Outputs(values, _padding(inputs, values), targets)
 
     def losses(self, outputs: Outputs) -> Tensor | None:
@@ -177,7 +184,7 @@ class CustomLoss:
         Raises:
             ValueError: if the function returns anything else.
         """
-        value, samples = self.loss(model, batch), batch_size(batch)
+        value, samples = self.loss(model, cloned(batch)), batch_size(batch)
         if not isinstance(value, Tensor) or tuple(value.shape) not in ((), (1,), (samples,), (samples, 1)):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"a loss must be a tensor of one number, or of one a sample ({samples},), got {shape}")
@@ -200,6 +207,50 @@ class CustomLoss:
     def agreement(self, reference: Outputs, outputs: Outputs) -> None:
         """None: a loss decides nothing."""
         return
+
+
+def cloned(value: Any) -> Any:
+    """A nest of mappings, tuples and lists with copies of its tensors, for a model that may write to its input.
+
+    Mappings become dicts; what is neither a collection nor a tensor stays itself.
+
+    Example:
+        >>> data = {"x": (torch.ones(2), 3)}
+        >>> cloned(data)["x"][0].zero_(), data["x"][0]
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: cloned(part) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(cloned, value))
+    return type(value)(map(cloned, value)) if type(value) in (tuple, list) else value
+
+
+def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """(positions,): a class a position from the softmax of (positions, classes) logits.
+
+        label = the first k with Σ_{i ≤ k} p_i > u Σ_i p_i,    u uniform in [0, 1)
+
+    in float64, some rows at a time: a tenth of the time of `torch.multinomial`, which takes a logarithm a class.
+
+    Args:
+        logits: of the positions.
+        generator: on the CPU; it gives one number a position, in order.
+
+    Example:
+        >>> sure = torch.tensor([[0.0, 99.0, 0.0], [99.0, 0.0, 0.0]])
+        >>> drawn_labels(sure, torch.Generator().manual_seed(0)).tolist()
+        [1, 0]
+    """
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    labels = torch.empty(len(logits), dtype=torch.long)
+    rows = max(1, _DRAWN_AT_ONCE // logits.shape[-1])
+    for part, below, found in zip(*(torch.split(part, rows) for part in (logits, uniform, labels)), strict=True):
+        reached = part.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+        found.copy_(torch.searchsorted(reached, below * reached[:, -1:], right=True).squeeze(1))
+    return labels.clamp_(max=logits.shape[-1] - 1).to(logits.device)  # logits that are NaN reach nothing
 
 
 def output_fields(output: Any) -> Sequence[str]:

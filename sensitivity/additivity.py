@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpq.batches import batches_of
+from mpq.cache import description, fingerprint_of
 from mpq.options import Option
 from mpq.plan import AskedBudget, Plan, uniform_plan
 from mpq.progress import track
 from mpq.quantizer import Quantizer
 from mpq.random_plans import random_plans
 from mpq.rank_correlation import kendall, spearman, spearman_at_top
+from mpq.ranks import Ranks
 from mpq.surgery import evaluating, quantized
 from mpq.table_entries import entries_of
 from mpq.task_choice import choose_task
@@ -141,7 +143,8 @@ def agreement(
         seed: of plans and resamples.
         progress: show a bar on a terminal.
 
-    Cost: one pass over the data a plan, and a few more.
+    Cost: one pass over the data a plan, and a few more. The ranks of `torch.distributed` share the plans, as in
+    `estimate`.
 
     Raises:
         ValueError: if the table has no sensitivity or layers, or no plan costs as asked.
@@ -151,13 +154,18 @@ def agreement(
     choices = plans_around(table, best.budgets[0], width=width, count=plans, rng=rng)
     predicted = np.array([predicted_by(table, choice) for choice in choices])
     candidates = [replace(best, entries=entries_of(table, choice)) for choice in choices]
-    with divergences(model, data, task=task, quantizer=quantizer) as divergence:
-        measured = np.array(
-            [divergence(candidates[i])[0] for i in track(range(len(candidates)), "plans", shown=progress)]
-        )
-        own = divergence(best)
-        fitting = {str(option): divergence(uniform_plan(best, option)) for option in fitting_options(table, best)}
-    uniform = min(((name, *figures) for name, figures in fitting.items()), key=lambda row: row[1], default=None)
+    uniform_plans = {str(option): uniform_plan(best, option) for option in fitting_options(table, best)}
+    batches, ranks = batches_of(data), Ranks.current()
+    _check_alike(ranks, model, batches, choices)
+    asked = [*candidates, best, *uniform_plans.values()]
+    with divergences(model, batches, task=task, quantizer=quantizer) as divergence:
+        shared = ranks.shared(asked, lambda plan: np.array(divergence(plan)))
+        shown = track(range(len(asked)), "plans", shown=progress and ranks.rank == 0)
+        figures = [(float(found[0]), float(found[1])) for _, found in zip(shown, shared, strict=True)]
+    measured = np.array([value for value, _ in figures[: len(candidates)]])
+    own, *others = figures[len(candidates) :]
+    fitting = ((name, *found) for name, found in zip(uniform_plans, others, strict=True))
+    uniform = min(fitting, key=lambda row: row[1], default=None)
     slope, ratio = _log_fit(predicted, measured)
     return Agreement(
         predicted=predicted,
@@ -192,6 +200,13 @@ def divergences(
             return mean_and_error(torch.cat(parts))
 
         yield divergence
+
+
+def _check_alike(ranks: Ranks, model: nn.Module, batches: list[Any], choices: NDArray[np.int64]) -> None:
+    """Check that all ranks try the same plans of the same model on the same data."""
+    if ranks.world > 1:
+        for what, part in (("model", model), ("data", batches), ("plans", choices)):
+            ranks.agree(what, fingerprint_of([], description(part)))
 
 
 def plans_around(

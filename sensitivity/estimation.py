@@ -172,7 +172,8 @@ def estimate_together(
             ranks=Ranks.current(),
         )
         estimators = _named_estimators(methods, settings or {}, measurement, space)
-        shared = {name: each for name, each in estimators.items() if isinstance(each, OnePassEstimator)}
+        one_pass = {name: each for name, each in estimators.items() if isinstance(each, OnePassEstimator)}
+        shared = {name: each for name, each in one_pass.items() if each.shares_pass}
         scores: dict[str, Scores] = {}
         if shared:
             together = tuple(shared.values())

@@ -85,8 +85,8 @@ def check_ranks(measurement: Measurement, *settings: object) -> None:
     """
     if measurement.ranks.world == 1:
         return
-    all_settings = (measurement.seed, measurement.granularity, measurement.network.layers, measurement.options)
-    told = ADDRESS.sub("", repr((*all_settings, *settings)))
+    given = (measurement.seed, measurement.granularity, measurement.network.layers, measurement.options)
+    told = ADDRESS.sub("", repr((*given, measurement.quantizer, *settings)))
     for what, part in (("model", measurement.model), ("data", measurement.batches), ("settings", told)):
         measurement.ranks.agree(what, fingerprint_of([], description(part)))
 

@@ -67,6 +67,11 @@ class OnePassEstimator(ABC):
     def sample_scores(self, seen: SeenLayer) -> Tensor:
         """(samples, units of the layer, options)."""
 
+    @property
+    def shares_pass(self) -> bool:
+        """Whether it takes its gradients where the others do, so that they can be taken together."""
+        return True
+
     def check(self, measurement: Measurement) -> None:  # noqa: B027 - most have nothing to check
         """Check that it can score this model in these units.
 

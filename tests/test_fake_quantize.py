@@ -68,6 +68,12 @@ def test_float_casts_saturate(kind: str, dtype: torch.dtype) -> None:
     assert fake_quantize(w, kind).tolist() == [*expected, limit, -limit, 0.0]
 
 
+def test_fp64_keeps_every_value() -> None:
+    w = torch.cat([normal(100), torch.tensor([1e300, -1e300, 1e-300, 0.0], dtype=torch.float64)])
+    for exact in (w, w.clamp(-1e30, 1e30).float(), w.clamp(-1e4, 1e4).half()):
+        assert torch.equal(fake_quantize(exact, "fp64"), exact)
+
+
 @pytest.mark.parametrize(
     ("text", "levels"),
     [*[(f"int{b}", 2**b - 1) for b in (2, 3, 4, 8)], *[(f"uint{b}", 2**b) for b in (2, 4)], ("nf4", 16)]

@@ -30,7 +30,7 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "gguf_bits_per_
 FREE = [f"{kind}{bits}" for kind in ("int", "uint") for bits in range(2, 17)]
 FREE += [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 8) for m in range(7) if 3 <= 1 + e + m <= 8] + ["nf4"]
 CODED, LOG = [f"bcq{bits}" for bits in range(1, 5)], [f"log{bits}" for bits in range(2, 9)]
-PLAIN = ["fp16", "bf16", "fp32", "fixed1.7", "fixed8.8", "fixed16.16", "mxint8", "mxfp8_e4m3", "mxfp8_e5m2"]
+PLAIN = ["fp16", "bf16", "fp32", "fp64", "fixed1.7", "fixed8.8", "fixed16.16", "mxint8", "mxfp8_e4m3", "mxfp8_e5m2"]
 PLAIN += ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4", *GGUF_BLOCKS]
 
 granularities = st.sampled_from(["", "@tensor", "@channel", "@token"]) | st.integers(1, 4096).map("@group{}".format)
@@ -110,6 +110,7 @@ def test_binding_by_role() -> None:
         ("fp8_e4m3@tensor", (8, 8), 64 * 8 + 16),
         ("fp8_e5m2", (8, 8), 64 * 8 + 8 * 16),
         ("fp16", (8, 8), 64 * 16),
+        ("fp64", (8, 8), 64 * 64),
         ("fp32", (8,), 8 * 32),
         ("fixed3.6", (8, 8), 64 * 9),
         ("mxfp4", (2, 40), 80 * 4 + 2 * 2 * 8),

@@ -29,7 +29,7 @@ from mpq.sensitivity.one_pass import run_together
 from mpq.surgery import layer_parameters, quantise_activation
 from mpq.task_choice import choose_task
 from mpq.tasks import CustomLoss, Distribution
-from mpq.weight_view import as_rows
+from mpq.weight_view import as_rows, from_rows
 
 OPTIONS = ["int2", "int4@group4", "fp32"]
 
@@ -434,3 +434,55 @@ def test_settings_that_do_not_fit_are_named(methods, settings, message):
 def test_output_scores_of_groups_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="granularity must be 'layer' or 'rows'.*use fisher or weight_error"):
         run(cnn(), images(), ["fisher", "output_fisher"], granularity="groups:2")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "rows:3", "groups:3"])
+@pytest.mark.parametrize("kind", ["cnn", "language"])
+def test_first_order_at_a_base_takes_the_gradient_there_and_the_change_from_full_precision(kind, granularity):
+    model, data, task = (cnn(), images(), None) if kind == "cnn" else language()
+    exact = {name: value.clone() for name, value in model.state_dict().items()}
+    methods = [FirstOrder(base="int2"), FirstOrder(mode="llm-mq", base="int2"), FirstOrder(), Fisher()]
+    frames, network = run(model, data, methods, granularity=granularity, task=task)
+    assert all(torch.equal(value, exact[name]) for name, value in model.state_dict().items())
+    at_base = copy.deepcopy(model)
+    for layer in network.layers:
+        parameter = layer_parameters(at_base, layer)[0]
+        rows = quantised_rows(as_rows(parameter.detach(), layer), SearchSpace(["int2"]).all_options[0].weight,
+                              layer, granularity, RoundToNearest())  # fmt: skip
+        parameter.data.copy_(from_rows(rows, layer))
+    gradients, positions = slow_gradients(at_base, data, network, task)
+    for unit in network.units(granularity):
+        weight = as_rows(layer_parameters(model, unit.layer)[0].detach(), unit.layer)
+        for option in SearchSpace(OPTIONS).all_options:
+            quantised = quantised_rows(weight, option.weight, unit.layer, granularity, RoundToNearest())
+            change = (quantised - weight).double().flatten(1)[unit.rows, unit.columns]
+            parts = [g.flatten(1)[unit.rows, unit.columns] * change for g in gradients[unit.layer.name]]
+            absolute = np.mean([float(p.abs().sum()) / t for p, t in zip(parts, positions, strict=True)])
+            signed = abs(np.mean([float(p.sum()) / t for p, t in zip(parts, positions, strict=True)]))
+            for method, expected in zip(methods, (absolute, signed), strict=False):
+                found = frames[repr(method)]["sensitivity"].loc[unit.label, str(option)]
+                assert found == pytest.approx(expected, rel=2e-3, abs=2e-5 * absolute + 1e-9)
+    for method in methods[2:]:
+        alone = estimate(model, data, network, SearchSpace(OPTIONS, ties=None), method, task=task,
+                         granularity=granularity, progress=False)  # fmt: skip
+        np.testing.assert_allclose(frames[repr(method)], alone, rtol=1e-5, atol=1e-12)
+    other = frames[repr(methods[0])]["sensitivity"] - frames[repr(methods[2])]["sensitivity"]
+    assert other.abs().max() > 1e-2 * frames[repr(methods[2])]["sensitivity"].max()
+
+
+def test_first_order_at_a_base_in_half_precision_does_not_round_the_change():
+    linear = nn.Linear(16, 1, bias=False).bfloat16()
+    weight = torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    linear.weight.data = weight
+    x = torch.ones(3, 16).bfloat16()  # the loss is the output: its gradient is 1 everywhere
+    task = CustomLoss(lambda model, batch: model(batch[0]).float())
+    frames, _ = run(linear, (x, torch.zeros(3)), [FirstOrder(base="int2")], ["int8"], task=task)
+    expected = (fake_quantize(weight, "int8").float() - weight.float()).abs().sum().item()
+    assert next(iter(frames.values()))["sensitivity"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_first_order_takes_no_base_that_quantises_inputs():
+    with pytest.raises(ValueError, match="base must quantise weights alone, got 'int4/int8': .* use 'int4'"):
+        FirstOrder(base="int4/int8")
+    with pytest.raises(ValueError, match="base must be 'full' or an option"):
+        FirstOrder(base="-/int8")

@@ -18,7 +18,16 @@ from small_models import cnn, images
 import mpq
 from mpq.options import SearchSpace
 from mpq.ranks import Ranks
-from mpq.sensitivity import METHODS, Entropy, HessianTrace, available, estimate, estimate_together, layer_traces
+from mpq.sensitivity import (
+    METHODS,
+    Entropy,
+    HessianTrace,
+    agreement,
+    available,
+    estimate,
+    estimate_together,
+    layer_traces,
+)
 from mpq.tasks import Distribution
 
 # What is smaller than its default here, and what is tried beside the methods' defaults.
@@ -53,6 +62,10 @@ def tables(runs: list[str]) -> dict[str, np.ndarray]:
         frame = layer_traces(model, data, network, probes=6, tolerance=0, curvature=curvature, progress=False)
         found[f"traces {curvature}"] = frame[["trace", "standard_error"]].to_numpy()
     together = estimate_together(model, data, network, spaces[True], ["kl", "fisher", "lrp", "sqnr"], progress=False)
+    table = mpq.measure(model, data, spaces[True], sensitivity="sqnr", progress=False)
+    runs.append("agreement")
+    trusted = agreement(model, data, table, {"size": "30%"}, plans=6, bootstraps=0, progress=False)
+    found |= {"plans": trusted.measured, "agreement": np.array([*trusted.plan, *trusted.uniform[1:], trusted.spearman])}
     return found | {f"together {name}": frame.to_numpy().T for name, frame in together.items()}
 
 

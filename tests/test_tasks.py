@@ -1,6 +1,7 @@
 """Tasks: losses, masks, shifts and distances against plain loops; what data and outputs suggest."""
 
 import math
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,9 @@ from small_models import SmallDecoder, cnn, decoder, images, tokens
 from torch import nn
 from torch.nn import functional
 
-from mpq.batches import batch_size, batches_of, model_inputs, split_batch, takes_labels
+from mpq.batches import batch_size, batches_of, model_inputs, split_batch, takes_labels, tensors_of
 from mpq.task_choice import choose_task
-from mpq.tasks import CustomLoss, Distribution, Features, Outputs
+from mpq.tasks import CustomLoss, Distribution, Features, Outputs, cloned, drawn_labels
 
 
 def test_causal_loss_is_transformers_shifted_cross_entropy_a_sample():
@@ -66,6 +67,33 @@ def test_gradients_of_sampled_losses_have_the_fisher_information_as_covariance()
     covariance = torch.einsum("ntc,ntd->cd", z.grad, z.grad) / (z.shape[0] * z.shape[1])
     error = (covariance - (torch.diag(p) - torch.outer(p, p))).abs().max()
     assert error < 4 / math.sqrt(40000)
+
+
+def test_labels_are_drawn_in_the_proportions_of_the_softmax():
+    draws, classes = 20000, 12
+    logits = 2 * torch.randn(classes, generator=torch.Generator().manual_seed(3))
+    counts = drawn_labels(logits.expand(draws, classes), torch.Generator().manual_seed(0)).bincount(minlength=classes)
+    expected = draws * logits.double().softmax(-1)
+    assert expected.min() > 20
+    chi_square = float(((counts - expected).square() / expected).sum())
+    assert 2.6 < chi_square < 26.8  # the 0.5th and 99.5th percentile for 11 degrees of freedom, from a table
+
+
+def test_labels_are_where_a_walk_over_the_classes_ends(monkeypatch):
+    logits = torch.randn(23, 7)
+    logits[::3, [0, 4, 6]] = -math.inf
+    monkeypatch.setattr("mpq.tasks._DRAWN_AT_ONCE", 7 * 5)  # four chunks of rows and a short one
+    found = drawn_labels(logits, torch.Generator().manual_seed(8))
+    uniform = torch.rand(23, 1, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    for row, label in enumerate(found.tolist()):
+        left, walked = uniform[row].item() * logits[row].double().softmax(0).sum().item(), 0
+        for probability in logits[row].double().softmax(0).tolist():
+            left -= probability
+            if left < 0:
+                break
+            walked += 1
+        assert label == walked
+        assert logits[row, label] > -math.inf
 
 
 def test_masks_leave_positions_out_of_every_mean():
@@ -219,3 +247,34 @@ def test_one_batch_as_a_list_and_several_as_a_tuple_are_noticed():
         batches_of([torch.ones(2, 3), torch.zeros(2, dtype=torch.long)])
     with pytest.raises(ValueError, match=r"2 parts \(tuple, tuple\); several batches go in a list"):
         split_batch(tuple(images()))
+
+
+class Centring(nn.Linear):
+    """Writes to what it is given."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(1.0))
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+def test_a_model_that_writes_to_its_input_leaves_the_data_alone():
+    model, x, labels = Centring(3, 2), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    exact, expected = x.clone(), model(x.clone())
+    for data in (x, (x, labels), {"x": x, "labels": labels}):
+        choose_task(model, data)
+        for task in (Distribution(), Features()):
+            assert torch.equal(task.run(model, data).values, expected)
+        CustomLoss(lambda model, batch: model(next(tensors_of(batch))).sum(1)).run(model, data)
+    assert torch.equal(x, exact)
+
+
+def test_a_nest_is_cloned_tensor_by_tensor():
+    given = {"a": [torch.ones(2), "text"], "b": (Pair(torch.zeros(1), 3), None)}
+    copy = cloned(given)
+    for tensor in tensors_of(copy):
+        tensor.add_(5)
+    assert [tensor.tolist() for tensor in tensors_of(given)] == [[1, 1], [0]]
+    assert copy["a"][1] == "text"
+    assert copy["b"] == (Pair(torch.full((1,), 5.0), 3), None)
