@@ -71,6 +71,11 @@ def search(  # noqa: PLR0917 - the order is public
     """
     space = SearchSpace(options, pins, ties)
     if holdout is not None:
+        if hasattr(settings.get("quantizer"), "squared_errors"):
+            raise ValueError(
+                "holdout cannot be measured with an ErrorDatabase, which knows errors but no weights: leave holdout "
+                "out, or take a WeightDatabase"
+            )
         holdout = import_module("mpq.batches").batches_of(holdout, role="holdout")
     table = measure(
         model,
