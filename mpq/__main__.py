@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mpq import __version__
+from mpq.device_commands import device
 from mpq.table_commands import name_value_pairs, pareto, solve, table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -21,7 +22,10 @@ MODEL_HELP = (
 
 RUN = ("hardware", "batch", "phase", "context", "bops")
 
-INTERRUPTED = {"search": "; with --cache FOLDER a search keeps what it has measured"}
+INTERRUPTED = {
+    "search": "; with --cache FOLDER a search keeps what it has measured",
+    "device": "; the table keeps finished kernels, the same command goes on",
+}
 
 
 class OneLineErrors(click.Group):
@@ -64,6 +68,7 @@ def main(debug: bool) -> None:
     mpq solve table.parquet --budget size=30%       another budget, without the model
     mpq pareto table.parquet --resource latency     what every bit of it buys
     mpq verify demo plan.json   measured, next to uniform precision
+    mpq device show nvidia-t4   every number of a device with its source; check a file, measure this machine
     mpq list                    formats, methods, solvers, devices, exports
 
     Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 budgets that cannot be kept, 130 interrupted.
@@ -207,6 +212,7 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
 main.add_command(solve)
 main.add_command(pareto)
 main.add_command(table)
+main.add_command(device)
 
 
 @main.command(epilog=MODEL_HELP, short_help="Layers, ties, reachable budgets, time and memory of MODEL.")

@@ -90,6 +90,13 @@ def test_thresholds_are_compared_in_single_precision():
     assert forest.predict(near) == pytest.approx(model.predict(near), rel=1e-12)
 
 
+def test_what_equals_a_threshold_goes_left_as_in_sklearn():
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    model = ensemble.RandomForestRegressor(n_estimators=5, random_state=0).fit(np.arange(8.0)[:, None], np.arange(8.0))
+    halves = np.arange(0, 8, 0.5)[:, None]
+    assert of_sklearn(model).predict(halves) == pytest.approx(model.predict(halves), rel=1e-12)
+
+
 def test_growing_is_repeatable():
     random = np.random.default_rng(0)
     x, y = random.normal(size=(50, 3)), random.normal(size=50)
@@ -154,7 +161,7 @@ def test_formats_of_one_shape_are_held_out_together():
     table = machine_table(shapes=40)
     secret = np.repeat(np.exp(random.normal(size=40)), len(PAIRS))
     table = LookupTable(table.kinds, table.sizes, table.weights, table.activations, {"latency": 1e-3 * secret})
-    assert train_predictor(table, trees=20).held_out.mape > 0.5
+    assert train_predictor(table, trees=20).held_out.mape > 1
 
 
 def test_the_roofline_carries_beyond_the_training_range(predictor):

@@ -22,14 +22,14 @@ FOLDERS = ("mpq", *PLUGINS)
 
 # What is no noun in mpq/: the verbs and what the command line is made of. Plug-ins import none of it.
 VERBS = (
-    r"__init__|__main__|pipeline|planning|verification|export(ing|_.*)|reporting|inspection|model_source|terminal"
-    r"|table_commands|table_report"
+    r"__init__|__main__|pipeline|planning|verification(_report)?|export(ing|_.*)|reporting|inspection|model_source|terminal"
+    r"|device_commands|table_commands|table_report"
 )
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
     *("activations", "batches", "binary_coding", "cache", "calls", "dataflow", "demo", "demo_training"),
     *("fake_quantize", "gguf_blocks", "grids", "parameters", "quantizer", "rounding", "surgery", "task_choice"),
-    *("tasks", "tracing", "verification", "weight_view"),
+    *("output_figures", "tasks", "tracing", "verification", "weight_view"),
 }
 HEAVY = {"torch", "pulp", "optuna", "pandas", "matplotlib", "plotly", "scipy", "rich", "pyarrow"}
 PRINTING_FILES = {"mpq/__main__.py", "mpq/terminal.py", "mpq/demo_training.py"}
