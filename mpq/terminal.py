@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from mpq.budgets import format_quantity
-from mpq.verification_report import figure_text
+from mpq.verification_report import FULL_PRECISION, figure_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ def show_plan(plan: Plan) -> None:
 
 def show_layers(console: Console, plan: Plan) -> None:
     """The option of every layer, what it takes, and what it saves of what has a budget."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     saved = _savings(plan)
     largest = max(entry.value_bits * entry.layer.parameters for entry in plan.entries)
     pinned = _pinned(plan)
@@ -161,14 +161,14 @@ def _comparison(verification: Verification) -> tuple[tuple[str, ...], list[tuple
     name, metric = verification.divergence_name, verification.metric_name
     rows: list[tuple[str, ...]] = []
     for row in verification.rows:
-        own = row is verification.plan
+        compared = row.name not in ("plan", FULL_PRECISION)
         shown = {key: figure_text(key, value.value) for key, value in row.estimates.items()}
         rows.append(
             (
                 row.name,
                 format_quantity(row.size_bytes, "B"),
                 _with_margin(row.estimates["divergence"]),
-                "" if own else _with_margin(verification.difference(row)),
+                _with_margin(verification.difference(row)) if compared else "",
                 "" if row.predicted is None else f"{row.predicted:.3g}",
                 shown.get(metric or "loss", ""),
                 shown.get("agreement", ""),

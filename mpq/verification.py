@@ -1,117 +1,39 @@
-"""Verify: a plan measured on the real model, next to what was predicted and to uniform precision at the same budget."""
+"""Verify: a plan measured on the real model, next to what was predicted and to baselines at the same budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from mpq.batches import batches_of, samples_in
+from mpq.baseline_plans import DRAWS, BaselinePlans
+from mpq.batches import Batch, batch_size, batches_of, samples_in
+from mpq.limits import Limit
 from mpq.options import Option
-from mpq.plan import Plan, uniform_plan
-from mpq.planning import predict
+from mpq.output_figures import SampleFigures, estimates, metric_of, sample_figures
+from mpq.plan import Plan, Split, uniform_plan
+from mpq.planning import choices_of, predict
+from mpq.problem import InfeasibleError
+from mpq.progress import track
 from mpq.quantizer import Quantizer
+from mpq.suggestions import did_you_mean
 from mpq.surgery import evaluating, quantized
+from mpq.table_entries import entries_of
 from mpq.task_choice import choose_task
-from mpq.tasks import CustomLoss, LossFunction, Outputs, Task, mean_and_error
+from mpq.tasks import CustomLoss, LossFunction, Outputs, Task
+from mpq.verification_report import FULL_PRECISION, Measured, QuantityCheck, Verification
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mpq.tables import CostTable
 
-FULL_PRECISION = "full precision"
+BASELINES = ("uniform", *DRAWS)
+AFFORDABLE_MACS = 3e12  # what "auto" lets all plans together cost: 1 to 3 CPU minutes, at 6e10 to 1.7e10 a second
 
-
-@dataclass(frozen=True)
-class Measured:
-    """One model on the data: means over samples, standard errors, and what was predicted where a table says so.
-
-    `divergence` is the KL divergence from full precision in nats, or for features the relative squared error. Size is
-    counted, not measured. None: the task has no such figure, or whether the budgets are kept is not known.
-    """
-
-    name: str
-    size_bytes: float
-    average_bits: float
-    divergence: float
-    divergence_se: float
-    loss: float | None
-    agreement: float | None
-    predicted: float | None
-    fits: bool | None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The plan, uniform precisions and full precision on the same data."""
-
-    rows: tuple[Measured, ...]
-    divergence_name: str
-    samples: int
-
-    @property
-    def plan(self) -> Measured:
-        """The plan's own row."""
-        return next(row for row in self.rows if row.name == "plan")
-
-    @property
-    def uniform(self) -> Measured | None:
-        """The best uniform precision that keeps the plan's budgets, or None if none does."""
-        fitting = [row for row in self.rows if row.name.startswith("uniform") and row.fits]
-        return min(fitting, key=lambda row: row.divergence, default=None)
-
-    @property
-    def measured(self) -> dict[str, float]:
-        """The plan's measured figures by name."""
-        row = self.plan
-        figures = {self.divergence_name: row.divergence, f"{self.divergence_name}_se": row.divergence_se}
-        figures |= {"loss": row.loss} if row.loss is not None else {}
-        figures |= {"agreement": row.agreement} if row.agreement is not None else {}
-        return figures
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: what the plan gained over uniform precision at the same budget."""
-        plan, uniform = self.plan, self.uniform
-        if plan.fits is False:
-            return "The plan does not keep its budgets: it cannot be compared at them."
-        if uniform is None and any(row.fits is None for row in self.rows if row.name != FULL_PRECISION):
-            return "Which uniform precision keeps these budgets is not known without the table of the search."
-        if uniform is None:
-            return "No uniform precision keeps these budgets; the plan does."
-        if self.samples == 1:
-            return f"One sample cannot tell the plan from {uniform.name}: measure on more data."
-        noise = 2 * (plan.divergence_se**2 + uniform.divergence_se**2) ** 0.5
-        figures = f"{self.divergence_name} {plan.divergence:.3g} against {uniform.divergence:.3g}"
-        if abs(plan.divergence - uniform.divergence) <= noise:
-            return f"The plan and {uniform.name} are equal within the noise of this data ({figures})."
-        word = "better" if plan.divergence < uniform.divergence else "WORSE"
-        return f"The plan is {word} than {uniform.name} at the same budget ({figures})."
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a model."""
-        import pandas as pd
-
-        frame = pd.DataFrame([vars(row) for row in self.rows]).set_index("name")
-        names = {"divergence": self.divergence_name, "divergence_se": f"{self.divergence_name}_se"}
-        return frame.rename(columns=names)
-
-    def __str__(self) -> str:
-        name, wide = self.divergence_name, max(len(row.name) for row in self.rows) + 2
-        header = f"{'':{wide}}{'size [MB]':>10}{'bits':>8}{name:>12}{'+-':>10}{'predicted':>11}{'loss':>9}{'agree':>8}"
-        lines = [header]
-        for row in self.rows:
-            lines.append(
-                f"{row.name:{wide}}{row.size_bytes / 1e6:10.4f}{row.average_bits:8.3f}{row.divergence:12.3g}"
-                f"{row.divergence_se:10.1g}{_text(row.predicted, '11.3g')}{_text(row.loss, '9.4f')}"
-                f"{_text(row.agreement, '8.3f')}" + ("  over budget" if row.fits is False else "")
-            )
-        footer = f"measured on {self.samples} samples; sizes are counted, predictions come from the table"
-        return "\n".join([*lines, footer, self.verdict])
+Device = Callable[[nn.Module, Plan], Mapping[str, float]]
 
 
 def verify(
@@ -122,31 +44,74 @@ def verify(
     *,
     task: Task | LossFunction | str | None = None,
     quantizer: Quantizer | None = None,
+    baselines: str | Iterable[str] = "auto",
+    metric: LossFunction | None = None,
+    device: Device | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Verification:
-    """Measure a plan on data, next to what was predicted and to uniform precision.
+    """Measure a plan on data, next to what was predicted and to plans that needed no search.
 
     Args:
         model: the one the plan is for, in full precision; comes back bit for bit.
         data: best data the plan was not made on.
         plan: what is verified.
-        table: where predictions come from; the plan's own by default, if it still has it.
+        table: where predictions and baselines come from; the plan's own by default, if it still has it. Without one
+            the baselines are uniform precisions.
         task: as for `search`.
         quantizer: as for `search`.
+        baselines: names out of "uniform", "protected", "smallest", "sorted", "shuffled", "random"
+            (`mpq.baseline_plans`), "all", or "auto": in this order as many as `AFFORDABLE_MACS` allow, counted and not
+            timed, so that the same input measures the same. Uniform precisions are always affordable. The report says
+            what was skipped.
+        metric: your own `metric(model, batch)`, one number or one a sample, averaged over samples and reported.
+        device: `device(model, plan)` that measures what the plan costs where it runs, {quantity: base units}. Without
+            one latency and energy are only predicted.
+        seed: of random and shuffled baselines.
+        progress: show a bar on a terminal.
+
+    Cost: one pass over the data for full precision, the plan, each uniform precision, three rules, 5 shuffled tables
+    and 20 random plans. Full precision's outputs are kept.
 
     Raises:
-        ValueError: if plan and model do not fit or the data is wrong.
+        ValueError: if plan and model do not fit, the data is wrong, or a baseline is unknown.
     """
-    batches = batches_of(data)
-    plans = {"plan": plan} | {f"uniform {option}": uniform_plan(plan, option) for option in _uniform_options(plan)}
+    table, batches = table or plan.table, batches_of(data)
+    asked = _asked_baselines(baselines)
+    groups = {"plan": [plan]}
+    if "uniform" in asked:
+        groups |= {f"uniform {option}": [uniform_plan(plan, option)] for option in _uniform_options(plan)}
+    most = AFFORDABLE_MACS if baselines == "auto" else np.inf
+    drawn, skipped = _drawn(_Planner(plan, table, seed), [name for name in asked if name != "uniform"], most, batches)
+    groups |= drawn
     with evaluating(model), torch.no_grad():
         chosen = choose_task(model, batches[0], task)
-        reference = [chosen.run(model, batch) for batch in batches]
-        judge = _Judge(chosen, plan, table or plan.table, reference)
-        rows = [judge.row(FULL_PRECISION, None, reference)]
-        for name, candidate in plans.items():
-            with quantized(model, candidate, quantizer=quantizer):
-                rows.append(judge.row(name, candidate, (chosen.run(model, batch) for batch in batches)))
-    return Verification(tuple(rows), _divergence_name(chosen), samples_in(batches))
+        judge = _Judge(model=model, batches=batches, task=chosen, plan=plan, table=table, metric=metric)
+        rows = [judge.full_precision()]
+        with_bars = track([(name, one) for name, plans in groups.items() for one in plans], "plans", shown=progress)
+        found: dict[str, list[Measured]] = {}
+        for name, candidate in with_bars:
+            found.setdefault(name, []).append(judge.row(name, candidate, quantizer))
+    rows += [_median(several) for several in found.values()]
+    return Verification(
+        rows=tuple(rows),
+        divergence_name=_divergence_name(chosen),
+        samples=samples_in(batches),
+        metric_name=judge.metric_name or metric_of(rows[1].estimates),
+        quantities=_quantities(plan, rows[1], {} if device is None else device(model, plan)),
+        skipped=skipped,
+    )
+
+
+def _asked_baselines(baselines: str | Iterable[str]) -> list[str]:
+    if isinstance(baselines, str) and baselines in ("auto", "all"):
+        return list(BASELINES)
+    names = [baselines] if isinstance(baselines, str) else list(baselines)
+    for name in names:
+        if name not in BASELINES:
+            known = f"auto, all or names out of {', '.join(BASELINES)}"
+            raise ValueError(f"baselines must be {known}, got {name!r}{did_you_mean(name, BASELINES)}")
+    return [name for name in BASELINES if name in names]
 
 
 def _divergence_name(task: Task) -> str:
@@ -162,39 +127,133 @@ def _uniform_options(plan: Plan) -> list[Option]:
 
 
 @dataclass(frozen=True)
+class _Planner:
+    """Makes the plans of a baseline from the table."""
+
+    plan: Plan
+    table: CostTable | None
+    seed: int
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there can be no baselines but uniform precision."""
+        if self.table is None or "sensitivity" not in self.table.quantities:
+            return "they are made from the table of the search"
+        if any(budget.quantity == "sensitivity" for budget in self.plan.budgets):
+            return "the budget is on the loss, which they do not keep"
+        if missing := [b.quantity for b in self.plan.budgets if b.quantity not in self.table.quantities]:
+            return f"the table has no {missing[0]}, of which there is a budget"
+        return None if self.plan.budgets else "the plan has no budget to keep"
+
+    def maker(self) -> BaselinePlans:
+        table, plan = self.table, self.plan
+        if table is None:
+            raise ValueError("baselines need a table, got none")
+        limits = tuple(Limit(b.quantity, b.limit, b.asked, b.meaning) for b in plan.budgets)
+        fixed = None
+        if "price_of_pins" in plan.provenance:  # solved with pins: they hold for everyone
+            pinned = np.array([layer.name in plan.edited for layer in table.layers])[table.layer_index]
+            fixed = np.where(pinned, choices_of(table, plan), -1)
+        return BaselinePlans(table=table, limits=limits, fixed=fixed, seed=self.seed)
+
+    def plans(self, maker: BaselinePlans, name: str) -> list[Plan]:
+        bare = Plan(entries=(), fingerprint=self.plan.fingerprint, outside=self.plan.outside)
+        return [replace(bare, entries=entries_of(maker.table, choices)) for choices in maker.choices(name)]
+
+
+def _drawn(
+    planner: _Planner, names: list[str], most: float, batches: list[Batch]
+) -> tuple[dict[str, list[Plan]], dict[str, str]]:
+    """The plans of each baseline that can be afforded, and why the others are skipped."""
+    if names and planner.refusal is not None:
+        return {}, dict.fromkeys(names, planner.refusal)
+    layers = [entry.layer for entry in planner.plan.entries]
+    macs = sum(layer.macs / layer.batch for layer in layers) * sum(map(batch_size, batches))
+    found: dict[str, list[Plan]] = {}
+    skipped: dict[str, str] = {}
+    maker = planner.maker() if names else None
+    for name in names:
+        cost = macs * (DRAWS[name] + sum(map(len, found.values())))
+        if maker is None or cost > most:
+            skipped[name] = f"beyond {most:.0e} multiply-adds in all; baselines='all' measures them"
+            continue
+        try:
+            found[name] = planner.plans(maker, name)
+        except (InfeasibleError, ValueError) as error:
+            skipped[name] = str(error)
+    return {_row_name(name): plans for name, plans in found.items()}, skipped
+
+
+def _row_name(name: str) -> str:
+    titles = {"protected": "ends protected", "smallest": "small first", "sorted": "sorted by score"}
+    return titles.get(name, f"{name} (of {DRAWS[name]})")
+
+
+def _median(rows: list[Measured]) -> Measured:
+    """The row with the median divergence, the lower one of two, with what all of them came to."""
+    tries = tuple(pair for row in rows for pair in row.tries)
+    return replace(sorted(rows, key=lambda row: row.divergence)[(len(rows) - 1) // 2], tries=tries)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Judge:
     """What outputs are judged by: the task, the plan and its budgets, the table, full precision's outputs."""
 
+    model: nn.Module
+    batches: list[Batch]
     task: Task
     plan: Plan
     table: CostTable | None
-    reference: list[Outputs]
+    metric: LossFunction | None
+    reference: list[Outputs] = field(default_factory=list)
+    full: list[SampleFigures] = field(default_factory=list)
+    known: dict[Any, Measured] = field(default_factory=dict)
 
-    def row(self, name: str, candidate: Plan | None, outputs: Iterable[Outputs]) -> Measured:
-        """The figures of one model, batch by batch; `candidate` None is full precision."""
-        figures: dict[str, list[torch.Tensor]] = {"divergence": [], "loss": [], "agreement": []}
-        for exact, output in zip(self.reference, outputs, strict=True):
-            figures["divergence"].append(self.task.divergence(exact, output))
-            optional = {"loss": self.task.losses(output), "agreement": self.task.agreement(exact, output)}
-            for figure, values in optional.items():
-                figures[figure] += [] if values is None else [values]
-        means = {figure: mean_and_error(_joined(parts)) for figure, parts in figures.items() if parts}
-        predicted = self._prediction(candidate)
+    @property
+    def metric_name(self) -> str | None:
+        """What the caller's metric is called."""
+        return None if self.metric is None else getattr(self.metric, "__name__", type(self.metric).__name__)
+
+    def full_precision(self) -> Measured:
+        """Run the model as it is, and keep what it said to judge others by."""
+        self.reference.extend(self.task.run(self.model, batch) for batch in self.batches)
+        self.full.append(self._figures(self.reference))
         return Measured(
-            name=name,
-            size_bytes=self.plan.full_bytes if candidate is None else candidate.size_bytes,
-            average_bits=self.plan.full_bits if candidate is None else candidate.average_bits,
-            divergence=means["divergence"][0],
-            divergence_se=means["divergence"][1],
-            loss=means.get("loss", (None,))[0],
-            agreement=means.get("agreement", (None,))[0],
-            predicted=predicted.get("sensitivity"),
-            fits=None if candidate is None else _fits(self.plan, candidate, predicted),
+            name=FULL_PRECISION,
+            size_bytes=self.plan.full_bytes,
+            average_bits=self.plan.full_bits,
+            estimates=estimates(self.full[0], self.full[0], self.task, self.metric_name or ""),
+            per_sample=self.full[0].divergence,
         )
 
-    def _prediction(self, candidate: Plan | None) -> Mapping[str, float]:
-        if candidate is None:
-            return {}
+    def row(self, name: str, candidate: Plan, quantizer: Quantizer | None) -> Measured:
+        """The figures of the model under a plan; a plan that was measured before is not run again."""
+        key, costs = tuple(_key(entry.choice) for entry in candidate.entries), self._prediction(candidate)
+        if key not in self.known:
+            with quantized(self.model, candidate, quantizer=quantizer):
+                figures = self._figures(self.task.run(self.model, batch) for batch in self.batches)
+            self.known[key] = Measured(
+                name=name,
+                size_bytes=candidate.size_bytes,
+                average_bits=candidate.average_bits,
+                estimates=estimates(figures, self.full[0], self.task, self.metric_name or ""),
+                per_sample=figures.divergence,
+            )
+        same = self.known[key]
+        tries = ((costs.get("sensitivity"), same.divergence),)
+        return replace(same, name=name, costs=costs, fits=_fits(self.plan, candidate, costs), tries=tries)
+
+    def _figures(self, outputs: Iterable[Outputs]) -> SampleFigures:
+        figures = sample_figures(self.task, self.reference, outputs)
+        if self.metric is None:
+            return figures
+        return replace(figures, metric=np.concatenate(list(self._metric_values(self.metric))))
+
+    def _metric_values(self, metric: LossFunction) -> Iterator[Any]:
+        for batch in self.batches:
+            yield CustomLoss(metric).run(self.model, batch).values[:, 0].detach().cpu().double().numpy()
+
+    def _prediction(self, candidate: Plan) -> Mapping[str, float]:
         if self.table is None:
             return self.plan.predicted if candidate is self.plan else {}
         try:
@@ -203,8 +262,8 @@ class _Judge:
             return {}
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([part.detach().cpu().double() for part in parts])
+def _key(choice: Option | Split) -> Any:
+    return choice if isinstance(choice, Option) else (choice.granularity, choice.options, choice.codes.tobytes())
 
 
 def _fits(plan: Plan, candidate: Plan, predicted: Mapping[str, float]) -> bool | None:
@@ -213,5 +272,28 @@ def _fits(plan: Plan, candidate: Plan, predicted: Mapping[str, float]) -> bool |
     return False if False in kept else None if None in kept else True
 
 
-def _text(value: float | None, spec: str) -> str:
-    return " " * int(spec.split(".", maxsplit=1)[0]) if value is None else format(value, spec)
+def _quantities(plan: Plan, row: Measured, on_device: Mapping[str, float]) -> tuple[QuantityCheck, ...]:
+    """Every budgeted quantity and the sensitivity: what was predicted, and what it is."""
+    counted = {"size": plan.size_bytes, "value_size": plan.value_bytes}
+    limits = {budget.quantity: budget for budget in reversed(plan.budgets)}
+    measures = {name: budget.measure for name, budget in limits.items()}
+    checks = []
+    for name in dict.fromkeys([*limits, *on_device, "sensitivity"]):
+        found, how = None, "not measured"
+        if name in counted:
+            found, how = counted[name], "counted"
+        elif name in on_device:
+            found, how = on_device[name], "measured"
+        elif name == "sensitivity":
+            found, how = row.divergence, "measured"
+        checks.append(
+            QuantityCheck(
+                quantity=name,
+                measure=measures.get(name, plan.measures.get(name, "")),
+                limit=limits[name].limit if name in limits else None,
+                predicted=row.costs.get(name),
+                found=found,
+                how=how,
+            )
+        )
+    return tuple(checks)
