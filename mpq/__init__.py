@@ -19,6 +19,7 @@ if not (_Path(__file__).parent / "solvers").is_dir():
 from mpq.version import VERSION as _VERSION
 
 if _TYPE_CHECKING:
+    from mpq.evolution import evolve
     from mpq.exporting import export
     from mpq.frontier import Frontier
     from mpq.layers import Layer, Network
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Proof",
     "SearchSpace",
+    "evolve",
     "export",
     "measure",
     "pareto",
@@ -67,6 +69,7 @@ _HOME = {
     "Plan": "plan",
     "Proof": "problem",
     "SearchSpace": "options",
+    "evolve": "evolution",
     "export": "exporting",
     "measure": "pipeline",
     "pareto": "pipeline",
@@ -76,8 +79,8 @@ _HOME = {
     "verify": "verification",
 }
 _MODULES = (
-    *("budgets", "fake_quantize", "formats", "hardware_models", "layers", "options", "plan", "problem"),
-    *("sensitivity", "solvers", "tables", "tasks"),
+    *("budgets", "error_database", "fake_quantize", "formats", "hardware_models", "layers", "options", "plan"),
+    *("problem", "quantizer", "sensitivity", "solvers", "tables", "tasks", "weight_database"),
 )
 
 

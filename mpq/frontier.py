@@ -1,8 +1,8 @@
 """The trade-off between the objective and resources: every allocation that no other beats in all of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ class Frontier:
         epsilon: 0 where every non-dominated allocation is here; see `pareto_frontier` for what it promises otherwise.
         floor: ``(1 + resources,)``, what ``epsilon`` is relative to is counted from here; the objective's first.
         is_restricted: whether only allocations in the order of given priorities were looked at.
+        is_heuristic: whether better allocations may exist that were never looked at.
+        standard_error: ``(points,)`` of a measured objective.
+        provenance: how the objective was measured, under "measured"; empty where it is the problem's own.
 
     Example:
         >>> problem = AllocationProblem(objective=[[5, 1], [3, 0.5]], resources={"size": [[2, 4], [4, 8]]},
@@ -58,10 +61,20 @@ class Frontier:
     epsilon: float = 0.0
     floor: FloatArray = cast(FloatArray, (0.0,))  # noqa: RUF009
     is_restricted: bool = False
+    is_heuristic: bool = False
+    standard_error: FloatArray | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the objective was measured on a model, and is not that of the problem."""
+        return "measured" in self.provenance
 
     def __post_init__(self) -> None:
         kind = np.uint8 if len(self.problem.options) <= 256 else np.uint16
         arrays = {"resource": np.float64, "objective": np.float64, "floor": np.float64, "choices": kind}
+        if self.standard_error is not None:
+            arrays["standard_error"] = np.float64
         for name, dtype in arrays.items():
             array = np.asarray(getattr(self, name), dtype=dtype).view()
             array.flags.writeable = False
@@ -72,6 +85,8 @@ class Frontier:
             "objective": (points,),
             "choices": (points, len(self.problem.objective)),
         }
+        if self.standard_error is not None:
+            shapes["standard_error"] = (points,)
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} of a frontier must have shape {shape}, got {getattr(self, name).shape}")
@@ -103,7 +118,7 @@ class Frontier:
 
         "optimal" in its proof says that no allocation within ``at`` (and the budgets of the problem) is better. A
         frontier with an epsilon gives "feasible" and the bound that follows from it, one over allocations in a given
-        order "heuristic".
+        order, a heuristic or a measured one "heuristic". Of a measured frontier the objective is the measured one.
 
         Args:
             at: the most that the resource may be; for several resources one number each, in order or by name.
@@ -117,7 +132,10 @@ class Frontier:
             asked = dict(zip(self.names, limits.tolist(), strict=True))
             raise InfeasibleError(self._range_message(limits), self._least(), asked)
         best = int(np.where(inside, self.objective, np.inf).argmin())
-        if self.is_restricted:
+        if self.is_measured:
+            found = self.problem.allocation(self.choices[best], status="heuristic")
+            return replace(found, objective=float(self.objective[best]))
+        if self.is_restricted or self.is_heuristic:
             return self.problem.allocation(self.choices[best], status="heuristic")
         if not self.epsilon:
             return self.problem.allocation(self.choices[best], status="optimal")
@@ -177,4 +195,5 @@ class Frontier:
         epsilon = f", epsilon {self.epsilon:g}" if self.epsilon else ""
         order = ", in the order of the priorities" if self.is_restricted else ""
         span = f"objective {self.objective.max():.6g} … {self.objective.min():.6g}"
-        return f"Frontier({len(self)} points{spans}, {span}{epsilon}{order})"
+        how = ", measured" if self.is_measured else ", heuristic" if self.is_heuristic else ""
+        return f"Frontier({len(self)} points{spans}, {span}{epsilon}{order}{how})"

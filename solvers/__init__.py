@@ -9,6 +9,7 @@ from mpq.suggestions import did_you_mean
 from .auto import AutoSolver
 from .bootstrap import Bootstrap, near_optimal_plans
 from .dynamic import DynamicSolver
+from .evolution import EvolutionSolver, evolve
 from .exhaustive import ExhaustiveSolver
 from .greedy import GreedySolver
 from .ilp import ILPSolver
@@ -23,6 +24,7 @@ __all__ = [
     "AutoSolver",
     "Bootstrap",
     "DynamicSolver",
+    "EvolutionSolver",
     "ExhaustiveSolver",
     "GreedySolver",
     "ILPSolver",
@@ -33,6 +35,7 @@ __all__ = [
     "RobustAllocation",
     "Solver",
     "available",
+    "evolve",
     "k_best",
     "near_optimal_plans",
     "pareto_frontier",
@@ -57,6 +60,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "dynamic": DynamicSolver,
     "lagrangian": LagrangianSolver,
     "quadratic": QuadraticSolver,
+    "evolution": EvolutionSolver,
     "greedy": GreedySolver,
     "exhaustive": ExhaustiveSolver,
 }
