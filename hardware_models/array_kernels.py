@@ -19,28 +19,6 @@ BUFFERS = {"inputs": "input_buffer", "weights": "weight_buffer", "outputs": "out
 
 
 @dataclass(frozen=True)
-class ArrayKernels:
-    """The one row of formats and kinds of layers that an array's table names."""
-
-    entry: Entry
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of weight formats."""
-        return self.entry.texts("weight")
-
-    @property
-    def activations(self) -> tuple[str, ...]:
-        """Names of activation formats."""
-        return self.entry.texts("activation")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of layers, shell patterns."""
-        return self.entry.texts("ops")
-
-
-@dataclass(frozen=True)
 class Products:
     """The matrix products of each layer: `count` calls of `groups` products of (m, k) by (k, n); all (layers, 1).
 

@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .array_kernels import (
-    ArrayKernels,
     Products,
     bits_a_cycle,
     by_memory,
@@ -45,7 +44,7 @@ from .bitfusion import bitfusion_cycles, fused_units
 from .cells import Cells
 from .device_numbers import Entry
 from .device_schema import FORMAT_PAIR, Key, TableSchema, integer, number
-from .kernel_rows import rows_of
+from .kernel_rows import TableRow, rows_of
 from .loom import loom_cycles
 from .prices import DeviceTables, Family, Prices
 from .stripes import stripes_cycles
@@ -124,7 +123,7 @@ class BitArray:
 
     def price(self, cells: Cells, so_far: Prices) -> Prices:
         """Latency [s] of every cell, and the bits that pass at every memory."""
-        reasons = refusals(rows_of([ArrayKernels(self.array)], cells), cells, max_bits=self.array["max_bits"])
+        reasons = refusals(rows_of([TableRow(self.array)], cells), cells, max_bits=self.array["max_bits"])
         refused = reasons.astype(bool)
         products, looked_up = products_of(cells), lookup_bits(cells)
         bits = self._moved(cells, products)

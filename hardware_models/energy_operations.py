@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .cells import Cells
 from .device_numbers import Entry, Number
 from .energy_tables import OPERATIONS, MacEnergy, OperationTable, mac_energy
-from .kernel_rows import pick, rows_of
+from .kernel_rows import TableRow, pick, rows_of
 from .prices import Mask
 from .technology import energy_factor, is_interpolated
 
@@ -119,33 +119,11 @@ class OneEnergy:
 
 
 @dataclass(frozen=True)
-class MacRow:
-    """One `[[mac_energy]]`: pairs of formats, kinds of layers, and what a multiply-add of them costs."""
-
-    entry: Entry
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of weight formats."""
-        return self.entry.texts("weight")
-
-    @property
-    def activations(self) -> tuple[str, ...]:
-        """Names of activation formats."""
-        return self.entry.texts("activation")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of layers, shell patterns."""
-        return self.entry.texts("ops")
-
-
-@dataclass(frozen=True)
 class EnergyRows:
     """`[[mac_energy]]`: the device's own table."""
 
     settings: Entry
-    rows: tuple[MacRow, ...]
+    rows: tuple[TableRow, ...]
 
     @property
     def title(self) -> str:
@@ -172,4 +150,4 @@ def operations_of(settings: Entry, rows: Iterable[Entry]) -> Operations:
         return NamedOperations(settings, OPERATIONS[settings["operations"]])
     if "energy_pJ_per_mac" in settings:
         return OneEnergy(settings)
-    return EnergyRows(settings, tuple(map(MacRow, rows)))
+    return EnergyRows(settings, tuple(map(TableRow, rows)))

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .array_kernels import (
-    ArrayKernels,
     Products,
     bits_a_cycle,
     by_memory,
@@ -40,7 +39,7 @@ from .cells import Cells
 from .device_numbers import Entry
 from .device_schema import FORMAT_PAIR, Key, TableSchema, integer, number
 from .double_buffering import Operands, stalled_cycles
-from .kernel_rows import rows_of
+from .kernel_rows import TableRow, rows_of
 from .prices import DeviceTables, Family, Prices
 from .systolic_cycles import DATAFLOWS, PACKINGS, buffer_accesses, fold_cycles, lanes, mapped
 
@@ -76,7 +75,7 @@ class SystolicArray:
 
     def price(self, cells: Cells, so_far: Prices) -> Prices:
         """Latency [s] of every cell, and the bits that pass at every memory."""
-        row = rows_of([ArrayKernels(self.array)], cells)
+        row = rows_of([TableRow(self.array)], cells)
         reasons = refusals(row, cells, max_bits=self.array["multiplier_bits"])
         refused = reasons.astype(bool)
         rate = bits_a_cycle(self.memories["dram"], self.array["frequency_hz"])
