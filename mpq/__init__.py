@@ -19,6 +19,8 @@ if not (_Path(__file__).parent / "solvers").is_dir():
 from mpq.version import VERSION as _VERSION
 
 if _TYPE_CHECKING:
+    from mpq.accuracy_constraint import smallest
+    from mpq.evaluator import Evaluator
     from mpq.evolution import evolve
     from mpq.exporting import export
     from mpq.frontier import Frontier
@@ -27,6 +29,7 @@ if _TYPE_CHECKING:
     from mpq.pipeline import measure, pareto, search
     from mpq.plan import Plan
     from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
+    from mpq.refinement import refine
     from mpq.surgery import quantized
     from mpq.tables import CostTable
     from mpq.tracing import trace
@@ -39,6 +42,7 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "CostTable",
+    "Evaluator",
     "Frontier",
     "InfeasibleError",
     "Layer",
@@ -52,7 +56,9 @@ __all__ = [
     "measure",
     "pareto",
     "quantized",
+    "refine",
     "search",
+    "smallest",
     "trace",
     "verify",
 ]
@@ -61,6 +67,7 @@ _HOME = {
     "Allocation": "problem",
     "AllocationProblem": "problem",
     "CostTable": "tables",
+    "Evaluator": "evaluator",
     "Frontier": "frontier",
     "InfeasibleError": "problem",
     "Layer": "layers",
@@ -74,13 +81,16 @@ _HOME = {
     "measure": "pipeline",
     "pareto": "pipeline",
     "quantized": "surgery",
+    "refine": "refinement",
     "search": "pipeline",
+    "smallest": "accuracy_constraint",
     "trace": "tracing",
     "verify": "verification",
 }
 _MODULES = (
-    *("budgets", "error_database", "fake_quantize", "formats", "hardware_models", "layers", "options", "plan"),
-    *("problem", "quantizer", "sensitivity", "solvers", "tables", "tasks", "weight_database"),
+    *("activation_ranges", "adaquant", "attention_formats", "batch_norm_tuning", "bias_correction", "budgets"),
+    *("error_database", "fake_quantize", "formats", "gptq", "hardware_models", "layer_norm_scales", "layers", "options"),
+    *("plan", "problem", "quantizer", "sensitivity", "solvers", "tables", "tasks", "weight_database"),
 )
 
 

@@ -11,6 +11,7 @@ import click
 
 from mpq import __version__
 from mpq.device_commands import device
+from mpq.refine_commands import refine
 from mpq.table_commands import name_value_pairs, pareto, solve, table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,6 +24,7 @@ MODEL_HELP = (
 RUN = ("hardware", "batch", "phase", "context", "bops")
 
 INTERRUPTED = {
+    "refine": "; with --cache FOLDER the same command goes on",
     "search": "; with --cache FOLDER a search keeps what it has measured",
     "device": "; the table keeps finished kernels, the same command goes on",
 }
@@ -157,6 +159,9 @@ def _decorated(command: Command, *decorators: Callable[[Command], Command]) -> C
 )
 @space_options
 @click.option("--solver", default="auto", show_default=True, help="Solver of `mpq list`.")
+@click.option(
+    "--refine", "evaluations", type=click.FloatRange(min=1), help="Measure so many other plans for a better one."
+)
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--cache", metavar="FOLDER", help="Keep finished measurements: an interrupted search goes on there.")
 @click.option("--output", metavar="PLAN.json", help="Write the plan.")
@@ -191,6 +196,8 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
     if table_path is not None:
         table.save(table_path)
     plan = solve_table(table, asked, solver=given["solver"])
+    if given["evaluations"] is not None:
+        plan = _refined(source, plan, given)
     if output is not None:
         plan.save(output)  # before anything else can go wrong; saved again with what is measured
     verification = None
@@ -213,6 +220,7 @@ main.add_command(solve)
 main.add_command(pareto)
 main.add_command(table)
 main.add_command(device)
+main.add_command(refine)
 
 
 @main.command(epilog=MODEL_HELP, short_help="Layers, ties, reachable budgets, time and memory of MODEL.")
@@ -312,6 +320,15 @@ def _source(model: str, given: dict[str, Any]) -> Any:
         source = replace(source, holdout=call_function(given["holdout"]))
     source = check_holdout(source)
     return source if given["task"] is None else replace(source, task=given["task"])
+
+
+def _refined(source: Any, plan: Any, given: dict[str, Any]) -> Any:
+    from mpq.refinement import refine as refine_plan
+
+    how = {name: given[name] for name in ("evaluations", "seed", "cache")}
+    found = refine_plan(source.model, source.data, plan, task=source.task, **how)
+    click.echo(str(found))
+    return found.plan
 
 
 def _space(given: dict[str, Any]) -> Any:

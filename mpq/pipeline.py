@@ -42,6 +42,8 @@ def search(  # noqa: PLR0917 - the order is public
     ties: Literal["auto"] | Iterable[str] | None = "auto",
     seed: int = 0,
     cache: str | Path | None = None,
+    *,
+    refine: float | Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Plan:
     """Which layer gets which format: the plan with the least predicted loss that keeps every budget.
@@ -60,6 +62,8 @@ def search(  # noqa: PLR0917 - the order is public
         ties: "auto", None, or name patterns; see `SearchSpace`.
         seed: of everything random.
         cache: a folder for finished measurements: an interrupted search goes on there.
+        refine: measure other plans on the data and take a better one that fresh samples confirm (`mpq.refine`): how
+            many measurements of the whole data, or the settings of `refine`.
         **settings: those of `measure` (task, granularity, quantizer, batch, phase, context, progress).
 
     Returns:
@@ -70,6 +74,8 @@ def search(  # noqa: PLR0917 - the order is public
         ValueError: if a name, pattern, unit or the data is wrong.
     """
     space = SearchSpace(options, pins, ties)
+    if refine is not None:
+        data = import_module("mpq.batches").batches_of(data)  # read once: a loader may shuffle, a generator ends
     if holdout is not None:
         if hasattr(settings.get("quantizer"), "squared_errors"):
             raise ValueError(
@@ -90,12 +96,25 @@ def search(  # noqa: PLR0917 - the order is public
         **settings,
     )
     plan = solve_table(table, budgets, solver=solver)
+    if refine is not None:
+        plan = _refined(model, data, plan, {"seed": seed, "cache": cache} | _asked_of_refine(refine, settings))
     if holdout is None:
         return plan
     verify = import_module("mpq.verification").verify
     same = {name: settings[name] for name in ("task", "quantizer", "progress") if name in settings}
     report = verify(model, holdout, plan, baselines=(), seed=seed, **same)
     return replace(plan, measured=report.measured)
+
+
+def _asked_of_refine(refine: float | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the refinement: those given, with the task and quantiser of the search."""
+    asked = dict(refine) if isinstance(refine, Mapping) else {"evaluations": refine}
+    return {name: settings[name] for name in ("task", "quantizer") if name in settings} | asked
+
+
+def _refined(model: nn.Module, data: Any, plan: Plan, asked: Mapping[str, Any]) -> Plan:
+    found: Plan = import_module("mpq.refinement").refine(model, data, plan, **asked).plan
+    return found
 
 
 def pareto(

@@ -24,11 +24,12 @@ FOLDERS = ("mpq", *PLUGINS)
 VERBS = (
     r"__init__|__main__|pipeline|planning|verification(_report)?|export(ing|_.*)|reporting|inspection|model_source|terminal"
     r"|device_commands|table_commands|table_report|evolution|studies|sampler_mirror|refinement|refine_commands"
+    r"|evaluator|measured_search|accuracy_constraint"
 )
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
     *("activation_ranges", "adaquant", "adjustment", "batch_norm_tuning", "bias_correction", "gptq"),
-    *("layer_norm_scales",),
+    *("attention_formats", "evaluator", "layer_norm_scales"),
     *("activations", "batches", "binary_coding", "cache", "calls", "dataflow", "demo", "demo_training"),
     *("fake_quantize", "gguf_blocks", "grids", "parameters", "quantizer", "rounding", "surgery", "task_choice"),
     *("output_figures", "tasks", "tracing", "verification", "weight_view"),

@@ -1,0 +1,399 @@
+"""`Evaluator`: a plan in, its measured divergence out; every measurement is made once, within a budget, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from mpq.atomic import write_atomically
+from mpq.batches import Batch, batch_size, batches_of, samples_in
+from mpq.cache import description, fingerprint_of, pieces_in
+from mpq.drops import Metric, drop_of
+from mpq.formats import NumberFormat
+from mpq.layers import Layer
+from mpq.plan import Plan
+from mpq.planning import choices_of
+from mpq.quantizer import Quantizer, RoundToNearest, quantised_rows
+from mpq.surgery import evaluating, quantized
+from mpq.table_entries import entries_of
+from mpq.table_problem import totals
+from mpq.task_choice import choose_task
+from mpq.tasks import CustomLoss, LossFunction, Outputs, Task
+
+if TYPE_CHECKING:
+    from mpq.frontier import Frontier
+    from mpq.tables import CostTable
+
+PIECES = 16  # data is measured piece by piece: at least so many, where batches can be cut
+KEPT_BYTES = 2**31  # of reference outputs, and as many of quantised weights
+_ROUNDING = 1e-9  # of an evaluation
+
+
+class Exhausted(RuntimeError):
+    """The evaluator's budget does not allow another measurement; those made so far are in `measured`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What one plan was measured to lose.
+
+    Attributes:
+        divergence: mean over the samples, in nats where the task is a distribution.
+        standard_error: of that mean over samples; 0 for one sample.
+        per_sample: (samples,), in the evaluator's order of samples: two plans can be compared sample by sample.
+        samples: how many, the first of the evaluator's order.
+    """
+
+    divergence: float
+    standard_error: float
+    per_sample: NDArray[np.float64]
+    samples: int
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> Measurement:
+        """The measurement that these values a sample are."""
+        error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return cls(float(values.mean()), error, values, len(values))
+
+
+class Evaluator:
+    """Measures plans of a table on the real model: memoised, budgeted, on growing amounts of data, on disk if asked.
+
+    The data is shuffled once (samples within a batch where its tensors have the samples first, then the pieces it is
+    cut into) and always taken in that order, so that `samples=64` is part of `samples=128` and growing an amount only
+    runs what is new. Quantised weights are kept by layer and format: a plan that differs in two layers quantises two.
+
+    Args:
+        model: in full precision; comes back bit for bit after every measurement.
+        data: what plans are measured on.
+        table: whose units and options plans are made of; it needs layers.
+        task: as for `search`.
+        quantizer: as for `search`.
+        metric: what is measured a sample: "divergence" from full precision, or a drop: of "accuracy", "agreement",
+            "loss" (`mpq.drops`), or of a function of `Outputs` that is (samples,), higher is better.
+        cache: a folder where finished measurements stay, under a fingerprint of all they depend on; a search that was
+            killed finds them there.
+        evaluations: how many measurements on the whole data may be made; one on half of it counts half. What is found
+            in the cache counts as well, so that a search that goes on ends where it would have ended.
+        seconds: no measurement is begun so long after the first was asked for.
+        seed: of the order of samples.
+        kept_bytes: of reference outputs that are kept, and of quantised weights.
+
+    Raises:
+        ValueError: if the table has no layers, the data is wrong, or a limit is not positive.
+
+    Example:
+        >>> import torch, mpq
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> data = (torch.randn(32, 4), torch.randint(0, 3, (32,)))
+        >>> table = mpq.measure(model, data, ["int2", "int4", "int8"], sensitivity="weight_error", progress=False)
+        >>> evaluator = Evaluator(model, data, table, evaluations=2)
+        >>> coarse, fine = evaluator.measure([0, 0]), evaluator.measure([2, 2], samples=16)
+        >>> coarse.divergence > fine.divergence, evaluator.spent, evaluator.left
+        (True, 1.5, 0.5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        table: CostTable,
+        *,
+        task: Task | LossFunction | str | None = None,
+        quantizer: Quantizer | None = None,
+        metric: Metric = "divergence",
+        cache: str | Path | None = None,
+        evaluations: float | None = None,
+        seconds: float | None = None,
+        seed: int = 0,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
+        if not table.layers:
+            raise ValueError("the table must have layers to measure plans on a model, this one was written by hand")
+        for name, limit in (("evaluations", evaluations), ("seconds", seconds)):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be positive, got {limit}; leave it out for no limit")
+        batches = batches_of(data)
+        with evaluating(model):
+            self.task = choose_task(model, batches[0], task)
+        self.model, self.table, self.metric, self.seed = model, table, metric, seed
+        self.evaluations, self.seconds = evaluations, seconds
+        self._drop = drop_of(metric, self.task)
+        cut = not isinstance(self.task, CustomLoss)  # what a function makes of a batch may need all of it
+        self._pieces = _in_pieces(batches, cut, np.random.default_rng(seed))
+        self._edges = np.cumsum([0, *map(batch_size, self._pieces)])
+        self.samples = samples_in(batches)
+        self._weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
+        self._references: dict[int, Outputs] = {}
+        self._room = kept_bytes
+        self._store = _Store(self._folder(cache, batches, quantizer))
+        self._values: dict[bytes, NDArray[np.float64]] = {}
+        self.measured: dict[bytes, Measurement] = {}
+        self.spent = 0.0
+        self.runs = 0
+        self._started: float | None = None
+
+    def _folder(self, cache: str | Path | None, batches: list[Batch], quantizer: Quantizer | None) -> Path | None:
+        if cache is None:
+            return None
+        table = self.table
+        parts = (self.model, batches, self.task, self.metric, quantizer, table.layers, table.options, self.seed)
+        more = (table.granularity, np.asarray(table.layer_index))
+        return pieces_in(cache, fingerprint_of([], "evaluator", *map(description, (*parts, *more)))).folder
+
+    @property
+    def left(self) -> float:
+        """Evaluations of the whole data that may still be made; infinity without a limit, 0 when time is over."""
+        if self._time_is_over():
+            return 0.0
+        return math.inf if self.evaluations is None else max(0.0, self.evaluations - self.spent)
+
+    def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> Measurement:
+        """What a plan loses on the first samples.
+
+        Args:
+            choices: (units,) option indices of the table, or a plan.
+            samples: at least so many, rounded up to whole pieces of the data; all by default.
+
+        Raises:
+            Exhausted: if the budget is spent and the plan has not been measured on so much data yet.
+            ValueError: if the choices are no plan of the table.
+        """
+        codes = self._codes(choices)
+        key = codes.tobytes()
+        wanted = self._piece_end(samples)
+        stop = int(self._edges[wanted])
+        before = self.measured[key].samples if key in self.measured else 0
+        if stop > before:
+            self._afford(stop - before)
+            values = self._known(key)
+            if len(values) < stop:
+                values = self._grown(codes, values, wanted)
+            self.spent += (stop - before) / self.samples
+            self.measured[key] = Measurement.of(values[:stop])
+        return self.measured[key] if stop >= before else Measurement.of(self._values[key][:stop])
+
+    def plan(self, choices: ArrayLike) -> Plan:
+        """The plan that choices are, with what the table predicts for it."""
+        codes, table = self._codes(choices), self.table
+        return Plan(
+            entries=entries_of(table, codes),
+            fingerprint=table.fingerprint,
+            predicted=totals(table, codes),
+            measures=dict(table.measures),
+            outside=dict(table.offsets),
+            provenance=dict(table.provenance),
+            table=table,
+        )
+
+    def frontier(self, resource: str) -> Frontier:
+        """The plans measured on all the data that no other beats in both the resource and what was measured.
+
+        Raises:
+            ValueError: if the table has no such quantity, or no plan was measured on all the data.
+        """
+        from mpq.frontier import Frontier
+
+        self.table.quantity(resource)
+        whole = [(key, found) for key, found in self.measured.items() if found.samples == self.samples]
+        if not whole:
+            raise ValueError("no plan was measured on all the data: measure some without samples=")
+        plans = np.array([np.frombuffer(key, dtype=np.int64) for key, _ in whole])
+        cost = np.array([totals(self.table, plan)[resource] for plan in plans])
+        loss = np.array([found.divergence for _, found in whole])
+        order = np.lexsort((loss, cost))
+        least = np.concatenate([[np.inf], np.minimum.accumulate(loss[order])[:-1]])
+        front = order[loss[order] < least]
+        return Frontier(
+            problem=self.table.problem({}),
+            names=(resource,),
+            resource=cost[front],
+            objective=loss[front],
+            choices=plans[front],
+            is_heuristic=True,
+            provenance=self.provenance | {"plans": len(whole)},
+        )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How plans were measured."""
+        name = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", repr(self.metric))
+        return {"measured": name, "samples": self.samples, "seed": self.seed, "task": repr(self.task)}
+
+    # -- what is measured --------------------------------------------------------------------------------------------
+
+    def _codes(self, choices: ArrayLike | Plan) -> NDArray[np.int64]:
+        table = self.table
+        codes = choices_of(table, choices) if isinstance(choices, Plan) else np.asarray(choices).astype(np.int64)
+        rows = np.arange(len(table.units))
+        if codes.shape != rows.shape or codes.min() < 0 or codes.max() >= len(table.options):
+            raise ValueError(f"choices must be {len(rows)} indices below {len(table.options)}, got {choices!r}")
+        for unit in np.flatnonzero(~table.allowed[rows, codes])[:1]:
+            raise ValueError(f"the table does not allow {table.options[codes[unit]]!r} for {str(table.units[unit])!r}")
+        return codes
+
+    def _piece_end(self, samples: int | None) -> int:
+        """Pieces that so many samples take."""
+        if samples is None:
+            return len(self._pieces)
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        return int(np.searchsorted(self._edges, min(samples, self.samples)))
+
+    def _afford(self, samples: int) -> None:
+        if self._started is None:
+            self._started = time.monotonic()
+        if self._time_is_over():
+            raise Exhausted(f"the {self.seconds:g} seconds for measurements are over")
+        if self.evaluations is not None and self.spent + samples / self.samples > self.evaluations + _ROUNDING:
+            raise Exhausted(f"the {self.evaluations:g} evaluations are spent")
+
+    def _time_is_over(self) -> bool:
+        if self.seconds is None or self._started is None:
+            return False
+        return time.monotonic() - self._started > self.seconds
+
+    def _known(self, key: bytes) -> NDArray[np.float64]:
+        if key not in self._values:
+            values = self._store.read(key)
+            ends = self._edges[self._edges <= len(values)]
+            self._values[key] = values[: int(ends[-1])]
+        return self._values[key]
+
+    def _grown(self, codes: NDArray[np.int64], values: NDArray[np.float64], stop: int) -> NDArray[np.float64]:
+        """The values of more pieces behind those known; what was finished is kept, whatever happens."""
+        first = int(np.searchsorted(self._edges, len(values)))
+        key, parts = codes.tobytes(), [values]
+        try:
+            with closing(self._measured_pieces(codes, range(first, stop))) as measured:
+                for part in measured:
+                    parts.append(part)
+        finally:
+            self._values[key] = np.concatenate(parts)
+            if len(parts) > 1:
+                self._store.write(key, self._values[key])
+        return self._values[key]
+
+    def _measured_pieces(self, codes: NDArray[np.int64], pieces: range) -> Generator[NDArray[np.float64]]:
+        plan = Plan(entries=entries_of(self.table, codes), fingerprint=self.table.fingerprint)
+        with evaluating(self.model), torch.no_grad():
+            for span, references in self._spans(pieces):
+                with quantized(self.model, plan, quantizer=self._weights):
+                    for piece, reference in zip(span, references, strict=True):
+                        found = self._drop(reference, self.task.run(self.model, self._pieces[piece]))
+                        self.runs += len(found)
+                        yield found.detach().cpu().double().numpy()
+
+    def _spans(self, pieces: range) -> Iterable[tuple[range, list[Outputs]]]:
+        """Runs of pieces with full precision's outputs: as long as these are kept, else one piece."""
+        start = pieces.start
+        while start < pieces.stop:
+            stop = start
+            while stop < pieces.stop and self._keeps(stop):
+                stop += 1
+            if stop > start:
+                yield range(start, stop), [self._references[piece] for piece in range(start, stop)]
+            else:
+                stop = start + 1
+                yield range(start, stop), [self.task.run(self.model, self._pieces[start])]
+            start = stop
+
+    def _keeps(self, piece: int) -> bool:
+        """Whether full precision's outputs on a piece are kept; they are from now on, if there is room."""
+        if piece not in self._references and self._room > 0:
+            outputs = self.task.run(self.model, self._pieces[piece])
+            size = outputs.values.numel() * outputs.values.element_size()
+            if size <= self._room:
+                self._references[piece] = outputs
+                self._room -= size
+            else:
+                self._room = 0  # pieces are alike: the next would not fit either
+        return piece in self._references
+
+
+@dataclass(eq=False)
+class KeptWeights:
+    """A quantiser that remembers what it made, by layer and format, up to a number of bytes; the oldest goes first.
+
+    It is for one model whose weights do not change.
+    """
+
+    quantizer: Quantizer
+    kept_bytes: int
+    _kept: OrderedDict[tuple[str, NumberFormat, str], Tensor] = field(default_factory=OrderedDict)
+    _size: int = 0
+
+    def __call__(self, rows: Tensor, fmt: NumberFormat, layer: Layer) -> Tensor:
+        """The quantised weight of a whole layer."""
+        return self.units(rows, fmt, layer, "layer")
+
+    def units(self, rows: Tensor, fmt: NumberFormat, layer: Layer, granularity: str) -> Tensor:
+        """The quantised weight of a layer that is cut into units."""
+        key = (layer.name, fmt, granularity)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = quantised_rows(rows, fmt, layer, granularity, self.quantizer)
+        self._kept[key] = made
+        self._size += made.numel() * made.element_size()
+        while self._size > self.kept_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._size -= dropped.numel() * dropped.element_size()
+        return made
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Values a sample by plan, a file each, written whole; without a folder nothing is kept."""
+
+    folder: Path | None
+
+    def read(self, key: bytes) -> NDArray[np.float64]:
+        path = self._path(key)
+        if path is None or not path.exists():
+            return np.empty(0)
+        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+
+    def write(self, key: bytes, values: NDArray[np.float64]) -> None:
+        if (path := self._path(key)) is not None:
+            write_atomically(path, lambda partial: np.save(partial, values, allow_pickle=False))
+
+    def _path(self, key: bytes) -> Path | None:
+        return None if self.folder is None else self.folder / f"{hashlib.sha256(key).hexdigest()[:32]}.npy"
+
+
+def _in_pieces(batches: list[Batch], cut: bool, rng: np.random.Generator) -> list[Batch]:
+    """The data in shuffled pieces of at most a sixteenth of it, or a batch, whichever is less."""
+    if not cut:
+        return [batches[position] for position in rng.permutation(len(batches))]
+    most = max(1, -(-samples_in(batches) // PIECES))
+    pieces: list[Batch] = []
+    for batch in batches:
+        samples = batch_size(batch)
+        parts = np.array_split(rng.permutation(samples), -(-samples // most))
+        pieces += [_taken(batch, torch.from_numpy(np.sort(part)), samples) for part in parts]
+    return [pieces[position] for position in rng.permutation(len(pieces))]
+
+
+def _taken(value: Any, index: Tensor, samples: int) -> Any:
+    """Some samples of a batch; tensors without the samples' axis go with all of them."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.ndim and value.shape[0] == samples else value
+    if isinstance(value, Mapping):
+        return {name: _taken(part, index, samples) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_taken(part, index, samples) for part in value)
+    return value

@@ -1,0 +1,286 @@
+"""The search behind `refine`: a walk on selection data, and a test on fresh data before anything is believed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.learned_scores import LearnedScores, Posterior
+from mpq.level_switches import LevelSwitches
+from mpq.paired_test import Test, paired_test
+from mpq.problem import AllocationProblem, InfeasibleError
+
+if TYPE_CHECKING:
+    from mpq.evaluator import Evaluator
+
+Choices = NDArray[np.int64]
+
+MANY = 2000  # units above which the table's runners-up are not enumerated: they differ in next to nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the search goes about it.
+
+    Attributes:
+        kbest: best plans of the table measured first.
+        draws: optima of tables drawn within the scores' standard errors measured first.
+        offspring: children a generation.
+        pool: level switches drawn for each child that is measured; the most promising by a drawn table is.
+        survivors: children measured on all the selection data, after a quarter of it.
+        patience: generations without a better plan after which the amount of data doubles, or the search ends.
+        first: share of the data used at first.
+        fresh: share of the data in use that no candidate is chosen by.
+        finalists: plans that are ranked on all the data at the end.
+        level: of the test that a new best plan must pass.
+        test: "t" or "sign".
+    """
+
+    kbest: int = 16
+    draws: int = 20
+    offspring: int = 12
+    pool: int = 8
+    survivors: int = 4
+    patience: int = 6
+    first: float = 0.5
+    fresh: float = 0.25
+    finalists: int = 8
+    level: float = 0.05
+    test: Test = "t"
+
+    def __post_init__(self) -> None:
+        for name in ("kbest", "offspring", "pool", "survivors", "patience", "finalists"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("first", "fresh", "level"):
+            if not 0 < getattr(self, name) <= 1 or (name != "first" and getattr(self, name) == 1):
+                raise ValueError(f"{name} must be a share above 0, got {getattr(self, name)}")
+        if self.draws < 0:
+            raise ValueError(f"draws must be at least 0, got {self.draws}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan that became the best: after how many evaluations, its figure, and how sure it is on fresh samples."""
+
+    evaluations: float
+    divergence: float
+    samples: int
+    p_value: float
+
+
+@dataclass(eq=False)
+class MeasuredSearch:
+    """One search.
+
+    Of the data in use, the first three quarters choose (selection), the rest confirms (fresh):
+
+        1  The table's k best plans and optima of tables drawn within its standard errors are measured on a part of the
+           selection data, the better ones on more; the best is where the walk starts.
+        2  A generation: a third of the children are optima of tables drawn from the posterior of the scores
+           (`LearnedScores`), the others level switches of the walk's plan (`LevelSwitches`), each the most promising of
+           a pool by a drawn table. They are measured on a quarter of the selection data; the survivors on all of it,
+           where the parent competes as well. The walk goes to the best.
+        3  When the walk has not moved for `patience` generations, its plan is tested against the best one known so far
+           (the incumbent) on the fresh samples, one by one. Only if that is significant it becomes the incumbent.
+        4  Then the data in use doubles: what was fresh now helps to choose, and new samples are fresh. With all of it
+           in use the search ends: the result is the best of the finalists on all the data that is no worse than the
+           incumbent on the fresh samples and, by the test, better than the start plan there.
+
+    The level is that of one test; up to `finalists` + 1 plans are tested on the last fresh samples. At a level of 0.5
+    whatever is better on fresh samples is taken: the gain is still positive on average, but no longer sure.
+    """
+
+    evaluator: Evaluator
+    problem: AllocationProblem
+    settings: Settings
+    rng: np.random.Generator
+    history: list[Step] = field(default_factory=list)
+    tried: set[bytes] = field(default_factory=set)
+    incumbent: Choices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    fresh_from: int = 0
+
+    def run(self, start: Choices) -> tuple[Choices, str]:
+        """The best plan that was confirmed, and why the search ended. Raises what the evaluator raises."""
+        self.start = self.incumbent = np.asarray(start, dtype=np.int64)
+        self.switches = LevelSwitches(self.problem)
+        self.prior = LearnedScores.of(self.problem)
+        self.walker = self.start
+        amounts = self._amounts()
+        self._use(amounts[0])
+        self._select([self.start, *self._first_plans()])
+        for amount in amounts:
+            self._use(amount)
+            self._settle()
+            self._walk()
+            self._confirm(self.walker, self.incumbent)
+        next((plan for plan in self._finalists() if self._confirm(plan, self.start)), None)
+        return self.incumbent, "no progress on all the data"
+
+    def _amounts(self) -> list[int]:
+        total, amounts = self.evaluator.samples, []
+        amount = total
+        while amount > self.settings.first * total and amount >= 2:
+            amounts.append(amount)
+            amount //= 2
+        return [amount, *amounts[::-1]] if amount >= 2 and amounts else amounts[::-1] or [total]
+
+    def _use(self, amount: int) -> None:
+        self.amount, self.chosen_by = amount, max(1, round(amount * (1 - self.settings.fresh)))
+        self.fresh_from = self.evaluator.measure(self.start, self.chosen_by).samples
+
+    # -- the walk ----------------------------------------------------------------------------------------------------
+
+    def _walk(self) -> None:
+        stale = 0
+        while stale < self.settings.patience:
+            before = self.walker
+            children = self._children()
+            if not children:
+                return
+            self._select(children)
+            stale = stale + 1 if np.array_equal(before, self.walker) else 0
+
+    def _settle(self) -> None:
+        """The best of the plans known from less data, on what is in use now, is where the walk goes on."""
+        self.walker = self._best([self.walker, self.incumbent, *self._leaders(2 * self.settings.survivors)])
+
+    def _select(self, children: Sequence[Choices]) -> None:
+        """Children on a quarter of the selection data, survivors and the parent on all of it."""
+        for child in children:
+            self.tried.add(child.tobytes())
+        few = max(1, self.chosen_by // 4)
+        ranked = sorted(children, key=lambda child: self.evaluator.measure(child, few).divergence)
+        self.walker = self._best([self.walker, *ranked[: self.settings.survivors]])
+
+    def _best(self, plans: Sequence[Choices]) -> Choices:
+        """The plan with the least mean on the selection data; the first of equal ones."""
+        return min(plans, key=lambda plan: self.evaluator.measure(plan, self.chosen_by).divergence)
+
+    def _leaders(self, count: int) -> list[Choices]:
+        """The best of the plans that were measured on most of the data so far: less is too noisy to compare."""
+        measured = self.evaluator.measured
+        most = sorted((found.samples for found in measured.values()), reverse=True)[: 2 * count]
+        known = [key for key, found in measured.items() if found.samples >= most[-1] and self._is_ours(key)]
+        known.sort(key=lambda key: self._relative(key)[0])
+        return [np.frombuffer(key, dtype=np.int64) for key in known[:count]]
+
+    def _is_ours(self, key: bytes) -> bool:
+        """Whether a measured plan keeps the budgets; the evaluator may have served others."""
+        return self.problem.is_feasible(np.frombuffer(key, dtype=np.int64))
+
+    # -- candidates --------------------------------------------------------------------------------------------------
+
+    def _first_plans(self) -> Iterator[Choices]:
+        """The best plans of the table, then optima of tables drawn within its errors; none of them twice."""
+        seen = {self.start.tobytes()}
+        for plan in self._table_plans():
+            if plan.tobytes() not in seen and self.problem.is_feasible(plan):
+                seen.add(plan.tobytes())
+                yield plan
+
+    def _table_plans(self) -> Iterator[Choices]:
+        settings, problem = self.settings, self.problem
+        if len(problem.objective) <= MANY:
+            with contextlib.suppress(TimeoutError):
+                k_best = import_module("mpq.solvers.ranked_plans").k_best
+                yield from (found.choices for found in k_best(problem, settings.kbest, time_limit=10.0))
+        if problem.objective_se is not None and settings.draws:
+            near_optimal_plans = import_module("mpq.solvers.bootstrap").near_optimal_plans
+            seed = int(self.rng.integers(2**31))
+            yield from near_optimal_plans(problem, draws=settings.draws, seed=seed, solver=_Quick()).choices
+
+    def _children(self) -> list[Choices]:
+        """New plans: optima of drawn tables, and level switches that drawn tables find promising."""
+        settings, posterior = self.settings, self._posterior()
+        children: dict[bytes, Choices] = {}
+        for position in range(3 * settings.offspring):
+            if len(children) >= settings.offspring:
+                break
+            drawn = posterior.drawn(self.rng)
+            child = self._optimum(drawn) if position % 3 == 0 else self._switched(drawn)
+            if child is not None and child.tobytes() not in self.tried:
+                children[child.tobytes()] = child
+        return list(children.values())
+
+    def _optimum(self, scores: NDArray[np.float64]) -> Choices | None:
+        try:
+            found: Choices = _Quick().solve(_with_scores(self.problem, scores)).choices
+        except (InfeasibleError, TimeoutError):
+            return None
+        return found
+
+    def _switched(self, scores: NDArray[np.float64]) -> Choices | None:
+        rows, best = np.arange(len(scores)), None
+        least = np.inf
+        for _ in range(self.settings.pool):
+            child = self.switches.child(self.walker, self.rng, scores)
+            if child is None or child.tobytes() in self.tried:
+                continue
+            value = float(scores[rows, child].sum())
+            if value < least:
+                least, best = value, child
+        return best
+
+    def _posterior(self) -> Posterior:
+        keys = list(self.evaluator.measured)
+        found = np.array([self._relative(key) for key in keys])
+        plans = [np.frombuffer(key, dtype=np.int64) for key in keys]
+        return self.prior.learned(plans, found[:, 0], found[:, 1])
+
+    def _relative(self, key: bytes) -> tuple[float, float]:
+        """A plan's figure and its error as it would be on all that the start plan was measured on.
+
+        Samples differ in how hard they are: what a plan was measured on tells it from the start plan on the same ones.
+        """
+        mine, start = self.evaluator.measured[key], self.evaluator.measured[self.start.tobytes()]
+        count = min(mine.samples, start.samples)
+        ours, theirs = mine.per_sample[:count], start.per_sample[:count]
+        difference = ours - theirs
+        error = float(difference.std(ddof=1)) / count**0.5 if count > 1 else 0.0
+        return start.divergence + float(difference.mean()), error
+
+    # -- what is believed --------------------------------------------------------------------------------------------
+
+    def _finalists(self) -> list[Choices]:
+        """The best measured plans, the best on all the data first."""
+        plans = self._leaders(self.settings.finalists)
+        return sorted(plans, key=lambda plan: self.evaluator.measure(plan).divergence)
+
+    def _confirm(self, plan: Choices, rival: Choices) -> bool:
+        """Whether a plan is better than a rival on the fresh samples, significantly; then it is the new incumbent.
+
+        It must not be worse than the incumbent either, on all the data in use and on its fresh part.
+        """
+        cut = self.fresh_from
+        new, old, now = (self.evaluator.measure(choices, self.amount) for choices in (plan, rival, self.incumbent))
+        fresh = new.per_sample[cut:]
+        if np.array_equal(plan, self.incumbent) or not len(fresh):
+            return np.array_equal(plan, self.incumbent)
+        if new.divergence >= now.divergence or fresh.mean() > now.per_sample[cut:].mean():
+            return False
+        found = paired_test(fresh, old.per_sample[cut:], test=self.settings.test)
+        if found.p_value < self.settings.level:
+            self.incumbent = plan
+            self.history.append(Step(self.evaluator.spent, new.divergence, new.samples, found.p_value))
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class _Quick:
+    """The default solver, content with a plan that is proved to be within a thousandth."""
+
+    def solve(self, problem: AllocationProblem) -> Any:
+        return import_module("mpq.solvers").solve(problem, "auto", gap=1e-3, time_limit=5.0)
+
+
+def _with_scores(problem: AllocationProblem, scores: NDArray[np.float64]) -> AllocationProblem:
+    scores = scores if problem.norm == 1 else np.maximum(scores, 0.0)
+    return replace(problem, objective=np.where(problem.allowed, scores, np.inf), objective_se=None)

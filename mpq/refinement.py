@@ -1,0 +1,252 @@
+"""Refine: the plan of a table improved by measuring plans around it on the real model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq.evaluator import Evaluator, Exhausted, Measurement
+from mpq.limits import Limit, apply_budgets
+from mpq.measured_search import MeasuredSearch, Settings, Step
+from mpq.options import Option
+from mpq.paired_test import PairedTest, paired_test
+from mpq.plan import AskedBudget, Plan
+from mpq.planning import choices_of
+from mpq.table_problem import build_problem
+from mpq.tables import CostTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from mpq.quantizer import Quantizer
+    from mpq.tasks import LossFunction, Task
+
+EVALUATIONS = 200  # of the whole data, where neither a number nor a time is asked for
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The refined plan and the one it started from, on the same samples.
+
+    Attributes:
+        best: mean of the refined plan.
+        start: mean of the plan it started from.
+        test: of their differences, sample by sample.
+    """
+
+    best: float
+    start: float
+    test: PairedTest
+
+    @classmethod
+    def of(cls, best: NDArray[np.float64], start: NDArray[np.float64]) -> Compared:
+        """The comparison of two vectors of the same samples."""
+        return cls(float(best.mean()), float(start.mean()), paired_test(best, start))
+
+    @property
+    def gain(self) -> float:
+        """Share of the start plan's figure that is gone; 0 where it has none."""
+        return 1 - self.best / self.start if self.start else 0.0
+
+    def __str__(self) -> str:
+        certainty = f"p = {self.test.p_value:.2g}, {self.test.samples} samples"
+        return f"{self.start:.4g} -> {self.best:.4g} ({-self.gain:+.1%}; {certainty})"
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """The best plan that was found and confirmed, and how it compares with the plan the search started from.
+
+    Attributes:
+        plan: the best; the start plan itself where nothing better was confirmed.
+        start: the plan the search started from.
+        selection: both on all the data the search had: what it was chosen by, so too good to be true.
+        fresh: both on the part that no candidate was chosen by, though several were tested on it.
+        heldout: both on data the search never saw, where it was given some.
+        history: what became the best, and after how many evaluations.
+        evaluations: spent, in measurements of the whole data.
+        stopped: why the search ended.
+        evaluator: has every measured plan (`evaluator.measured`, `evaluator.frontier("size")`).
+    """
+
+    plan: Plan
+    start: Plan
+    selection: Compared
+    fresh: Compared
+    heldout: Compared | None
+    history: tuple[Step, ...]
+    evaluations: float
+    stopped: str
+    evaluator: Evaluator
+
+    @property
+    def is_improved(self) -> bool:
+        """Whether another plan than the start plan was confirmed to be better."""
+        return self.plan.options != self.start.options
+
+    def __str__(self) -> str:
+        what = self.evaluator.provenance["measured"]
+        found = "a better plan was confirmed" if self.is_improved else "no better plan was confirmed"
+        lines = [
+            f"{found}: {self.evaluations:.1f} evaluations, {len(self.evaluator.measured)} plans; {self.stopped}",
+            f"  {what}, selection data: {self.selection}",
+            f"  {what}, its fresh part: {self.fresh}",
+        ]
+        if self.heldout is not None:
+            lines.append(f"  {what}, held out:       {self.heldout}")
+        names = self.plan.options
+        changed = [f"{name} {old}->{names[name]}" for name, old in self.start.options.items() if names[name] != old]
+        if changed:
+            more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+            lines.append(f"  {len(changed)} of {len(names)} layers changed: {', '.join(changed[:8])}{more}")
+        return "\n".join(lines)
+
+
+def refine(
+    model: nn.Module,
+    data: Any,
+    plan_or_table: Plan | CostTable,
+    budgets: Mapping[str, float | str] | None = None,
+    *,
+    holdout: Any = None,
+    pins: Mapping[str, Option | str] | None = None,
+    task: Task | LossFunction | str | None = None,
+    quantizer: Quantizer | None = None,
+    evaluations: float | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    evaluator: Evaluator | None = None,
+    **settings: Any,
+) -> Refinement:
+    """Improve a plan by measuring others on the real model; every one keeps the budgets exactly.
+
+    Sums of scores mislead where errors interact, below some 3 bits above all. So plans are measured: the best of the
+    table, level switches around the best measured one (EvoPress, Sieberling et al. 2024), and the optima of tables
+    drawn from what is known after those measurements (`mpq.learned_scores`). A candidate is chosen on one half of the
+    data and becomes the result only when a paired one-sided t test on the other half says that it is better; where
+    nothing more is found the amount of data doubles, so that the fresh half joins the data that chooses. The method in
+    full: `mpq.measured_search`.
+
+    Args:
+        model: in full precision; comes back bit for bit.
+        data: what is measured on: more than the search can learn by heart, some hundred samples.
+        plan_or_table: a plan with its table (`plan.table`), or the table, whose best plan is the start.
+        budgets: as for `search`; those of the plan by default.
+        holdout: data the search shall not see, for the figures of the result.
+        pins: name patterns and the option those layers take.
+        task: as for `search`.
+        quantizer: as for `search`.
+        evaluations: measurements of the whole data, parts counting as parts; 200 where no seconds are given either.
+        seconds: no measurement is begun later.
+        seed: of everything random.
+        cache: a folder for finished measurements: a search that was killed goes on there, and ends where it would have.
+        evaluator: an `Evaluator` to go on with; then data, task, quantizer, limits and cache are its own.
+        **settings: fields of `mpq.measured_search.Settings`: offspring, patience, level, kbest, draws, ...
+
+    Returns:
+        A `Refinement`; its plan is never worse than the start plan on the selection data.
+
+    Raises:
+        InfeasibleError: if no plan keeps the budgets.
+        ValueError: if the plan has no table or does not keep the budgets, or a name, a unit or the data is wrong.
+
+    Example:
+        >>> import torch, mpq
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> data = (torch.randn(32, 4), torch.randint(0, 3, (32,)))
+        >>> table = mpq.measure(model, data, ["int2", "int4", "int8"], sensitivity="weight_error", progress=False)
+        >>> found = refine(model, data, table, {"size": "4 bits values"}, evaluations=5)
+        >>> found.selection.best <= found.selection.start, found.plan.value_bytes <= 4 * 56 / 8
+        (True, True)
+    """
+    table, limits, start = _asked(plan_or_table, budgets, pins)
+    labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
+    problem = build_problem(table, limits, "sensitivity", labels, {})
+    if evaluator is None:
+        evaluator = Evaluator(
+            model, data, table, task=task, quantizer=quantizer, cache=cache, seconds=seconds, seed=seed,
+            evaluations=EVALUATIONS if evaluations is None and seconds is None else evaluations,
+        )  # fmt: skip
+    if start is None:
+        start = import_module("mpq.solvers").solve(problem, "auto").choices
+    if not problem.is_feasible(start):
+        raise ValueError(f"the plan to refine does not keep the budgets: {problem.violations(start) or 'pins, ties'}")
+    search = MeasuredSearch(evaluator, problem, Settings(**settings), np.random.default_rng(seed))
+    try:
+        best, stopped = search.run(start)
+    except Exhausted as end:
+        best, stopped = search.incumbent, str(end)
+    return _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, quantizer, stopped))
+
+
+def _asked(
+    given: Plan | CostTable, budgets: Mapping[str, float | str] | None, pins: Any
+) -> tuple[CostTable, tuple[Limit, ...], NDArray[np.int64] | None]:
+    """The table, the budgets on it, and the plan to start from."""
+    if isinstance(given, CostTable):
+        if budgets is None:
+            raise ValueError("budgets must be given with a table: without them the finest plan is the best")
+        return given, apply_budgets(given, budgets), None
+    if given.table is None:
+        raise ValueError("the plan must have its table, which is not saved with it: pass the table and the budgets")
+    table = given.table
+    start = None if pins else choices_of(table, given)
+    if budgets is not None:
+        return table, apply_budgets(table, budgets), start
+    if not given.budgets:
+        raise ValueError("the plan was made without budgets: pass some")
+    return table, tuple(Limit(b.quantity, b.limit, b.asked, b.meaning) for b in given.budgets), start
+
+
+def _result(
+    evaluator: Evaluator,
+    search: MeasuredSearch,
+    plans: tuple[NDArray[np.int64], NDArray[np.int64]],
+    limits: tuple[Limit, ...],
+    rest: tuple[Any, Any, str],
+) -> Refinement:
+    """The refinement, with both plans measured on all the data and on the held-out data, whatever that costs."""
+    holdout, quantizer, stopped = rest
+    spent = evaluator.spent
+    best, start = (_whole(evaluator, choices) for choices in plans)
+    if best.divergence > start.divergence:
+        plans, best = (plans[1], plans[1]), start
+    heldout = None
+    if holdout is not None:
+        judge = Evaluator(
+            evaluator.model, holdout, evaluator.table, task=evaluator.task, quantizer=quantizer, metric=evaluator.metric
+        )
+        heldout = Compared.of(*(judge.measure(choices).per_sample for choices in plans))
+    cut = search.fresh_from
+    table = evaluator.table
+    budgets = tuple(AskedBudget(x.resource, x.asked, x.value, table.measures[x.resource], x.meaning) for x in limits)
+    refined, first = (replace(evaluator.plan(choices), budgets=budgets) for choices in plans)
+    how = evaluator.provenance | {"evaluations": spent, "start": start.divergence, "selection": best.divergence}
+    return Refinement(
+        plan=replace(refined, provenance={**refined.provenance, "refined": how}),
+        start=first,
+        selection=Compared.of(best.per_sample, start.per_sample),
+        fresh=Compared.of(best.per_sample[cut:], start.per_sample[cut:]),
+        heldout=heldout,
+        history=tuple(search.history),
+        evaluations=spent,
+        stopped=stopped,
+        evaluator=evaluator,
+    )
+
+
+def _whole(evaluator: Evaluator, choices: NDArray[np.int64]) -> Measurement:
+    """A plan on all the data, beyond the budget if need be."""
+    limits, evaluator.evaluations, evaluator.seconds = (evaluator.evaluations, evaluator.seconds), None, None
+    try:
+        return evaluator.measure(choices)
+    finally:
+        evaluator.evaluations, evaluator.seconds = limits
