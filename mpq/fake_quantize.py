@@ -8,7 +8,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from mpq.formats import GGUF, MSE, NVFP4, TENSOR, BinaryCoded, NumberFormat, Percentile, UnsignedInteger, parse
+from mpq.formats import (
+    CHANNEL,
+    GGUF,
+    MSE,
+    NVFP4,
+    TENSOR,
+    BinaryCoded,
+    NumberFormat,
+    Percentile,
+    UnsignedInteger,
+    parse,
+)
 from mpq.grids import on_grid
 from mpq.rounding import divide
 
@@ -20,8 +31,14 @@ _CHUNK = 2**18  # values at a time: temporaries of them stay in a CPU's cache
 _CHUNK_ON_DEVICE = 2**26
 
 
+Limits = tuple[Tensor, Tensor]
+"""Lower and upper ends of ranges that scales cover."""
+
+
 @torch.no_grad()
-def fake_quantize(tensor: Tensor, fmt: NumberFormat | str, axis: int = 0, *, name: str = "") -> Tensor:
+def fake_quantize(
+    tensor: Tensor, fmt: NumberFormat | str, axis: int = 0, *, name: str = "", limits: Limits | None = None
+) -> Tensor:
     """The tensor as it is after being stored in a format, in its own shape and dtype.
 
     The tensor is seen as (rows, columns): `axis` gives the rows, the other axes in order the columns; a 1-D tensor is
@@ -33,10 +50,12 @@ def fake_quantize(tensor: Tensor, fmt: NumberFormat | str, axis: int = 0, *, nam
         fmt: the format; one without granularity is bound as a weight's, ``@channel``.
         axis: the axis of the output channels.
         name: what an error calls the tensor.
+        limits: static range, lower and upper ends, one of each or with ``@channel`` one a row; by default the range is
+            dynamic, found in the tensor as the format says.
 
     Raises:
-        ValueError: if a value is NaN or infinite, the axis does not exist, or the format can be priced but not
-            simulated.
+        ValueError: if a value is NaN or infinite, the axis does not exist, the format can be priced but not simulated,
+            or limits are given that do not fit it.
         TypeError: if the tensor is not of one of those dtypes.
 
     Example:
@@ -49,15 +68,67 @@ def fake_quantize(tensor: Tensor, fmt: NumberFormat | str, axis: int = 0, *, nam
     tensor = tensor.detach()
     if tensor.numel() == 0:
         return tensor.clone()
-    limits = _finite_range(tensor, name)
+    found = _finite_range(tensor, name)
     source, columns = _as_rows(tensor, fmt, axis)
-    if fmt.granularity == TENSOR and isinstance(fmt.range, MSE | Percentile):
-        limits = _tensor_range(source, columns, fmt, limits)
+    static = None if limits is None else _static_limits(limits, fmt, len(source))
+    if static is None and fmt.granularity == TENSOR and isinstance(fmt.range, MSE | Percentile):
+        found = _tensor_range(source, columns, fmt, found)
     result = torch.empty_like(source)
     saturation = torch.finfo(tensor.dtype).max
+    first = 0
     for part, rows in zip(_parts(result), _chunks(source, columns), strict=True):
-        part.copy_(_rounded(rows, fmt, limits).clamp_(-saturation, saturation).reshape(part.shape))
+        if static is None:
+            rounded = _rounded(rows, fmt, found)
+        else:
+            chosen = slice(first, first + len(rows)) if len(static[0]) > 1 else slice(None)
+            rounded = on_grid(fmt, rows, *(ends[chosen].to(rows) for ends in static))
+        part.copy_(rounded.clamp_(-saturation, saturation).reshape(part.shape))
+        first += len(rows)
     return result.reshape(tensor.shape) if _is_flattened(tensor, fmt) else result.movedim(0, axis)
+
+
+def group_limits(rows: Tensor, fmt: NumberFormat) -> Limits:
+    """The range that the scale of every value covers, (rows, columns) each: what `fake_quantize` finds in a matrix.
+
+    With it `on_grid` quantises single columns as part of the whole: scales stay, values may change.
+
+    Args:
+        rows: (rows, columns), a weight or a run of whole groups of its columns; float32 or float64.
+        fmt: a format with a grid that its range determines.
+
+    Raises:
+        ValueError: if the format's levels do not follow from a range (binary-coded, GGUF, NVFP4).
+
+    Example:
+        >>> group_limits(torch.tensor([[1.0, -2.0, 4.0, 0.0]]), parse("int4@group2"))[1]
+        tensor([[1., 1., 4., 4.]])
+    """
+    if isinstance(fmt, BinaryCoded | GGUF | NVFP4):
+        raise ValueError(f"format {fmt} must have levels that follow from a range, such as int4, nf4 or mxfp4")
+    if fmt.granularity is None or fmt.granularity == TENSOR:
+        found = _finite_range(rows, "")
+        if fmt.granularity == TENSOR and isinstance(fmt.range, MSE | Percentile):
+            found = _tensor_range(rows, rows.shape[1], fmt, found)
+        return found[0].expand(rows.shape), found[1].expand(rows.shape)
+    size = fmt.granularity.size or rows.shape[1]
+    low, high = (
+        _per_group(rows, size, lambda x, end=end: _group_range(x, fmt)[end].expand(x.shape))  # type: ignore[misc]
+        for end in (0, 1)
+    )
+    return low, high
+
+
+def _static_limits(limits: Limits, fmt: NumberFormat, rows: int) -> Limits:
+    """Limits as columns (scales, 1)."""
+    low, high = limits[0].reshape(-1, 1), limits[1].reshape(-1, 1)
+    allowed = {TENSOR: 1, CHANNEL: rows}.get(fmt.granularity, 0) if fmt.granularity and "range" in fmt.takes else 0
+    if len(low) != allowed or len(high) != allowed:
+        raise ValueError(
+            f"limits of {fmt} must be {allowed} on either side, got {len(low)} and {len(high)}"
+            if allowed
+            else f"limits must come with a format that has a scale a tensor or a channel and a range, got {fmt}"
+        )
+    return low, high
 
 
 def _check(tensor: Tensor, axis: int, name: str) -> None:
@@ -134,7 +205,7 @@ def _group_range(x: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
         return _percentiles(x, fmt, fmt.range.p)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if isinstance(fmt.range, MSE):
-        factor = _least_error_factor(lambda: [x], fmt, low, high)
+        factor = least_error_factor(lambda: [x], fmt, low, high)
         return low * factor, high * factor
     return low, high
 
@@ -144,11 +215,11 @@ def _tensor_range(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(fmt.range, Percentile):
         return _percentiles(source.reshape(1, -1).to(_compute_dtype(source)), fmt, fmt.range.p)
-    factor = _least_error_factor(lambda: (rows.reshape(1, -1) for rows in _chunks(source, columns)), fmt, *limits)
+    factor = least_error_factor(lambda: (rows.reshape(1, -1) for rows in _chunks(source, columns)), fmt, *limits)
     return limits[0] * factor, limits[1] * factor
 
 
-def _least_error_factor(chunks: Callable[[], Iterable[Tensor]], fmt: NumberFormat, low: Tensor, high: Tensor) -> Tensor:
+def least_error_factor(chunks: Callable[[], Iterable[Tensor]], fmt: NumberFormat, low: Tensor, high: Tensor) -> Tensor:
     """Of `SHRINK_FACTORS` the one with the least squared error over all chunks, for every group, (groups, 1)."""
     amax = torch.maximum(-low, high)
     best, best_error = torch.ones_like(amax), torch.full_like(amax, torch.inf, dtype=torch.float64)

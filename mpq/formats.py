@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 from mpq.granularity import CHANNEL, MSE, TENSOR, TOKEN, Granularity, MinMax, Percentile, Range, parse_suffix
@@ -18,13 +18,14 @@ from mpq.number_format import SCALE_BITS, Layout, NumberFormat
 __all__ = [
     "CHANNEL", "GGUF", "MSE", "MX", "NF4", "NVFP4", "SCALE_BITS", "TENSOR", "TOKEN", "BinaryCoded", "FixedPoint",
     "Float", "Granularity", "Integer", "MinMax", "Minifloat", "NumberFormat", "Percentile", "PowerOfTwo", "Range",
-    "UnsignedInteger", "parse",
+    "UnsignedInteger", "UnsignedLog", "parse",
 ]  # fmt: skip
 
 FAMILIES = (
     "int2…int16, uint2…uint16 (with zero point), minifloats fp{b}_e{E}m{M} of 3 to 8 bits (fp4_e2m1, fp6_e2m3, "
     "fp6_e3m2, fp8_e4m3, fp8_e5m2, ...), fp16, bf16, fp32, fp64, mxint8, mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, "
-    "mxfp6_e3m2, mxfp4, nvfp4, nf4, bcq1…bcq4, log2…log8, fixed{i}.{f}, and the GGUF types (q4_0, q4_k, q6_k, ...)"
+    "mxfp6_e3m2, mxfp4, nvfp4, nf4, bcq1…bcq4, log2…log8, ulog2…ulog8, ulogsqrt2…ulogsqrt8, fixed{i}.{f}, "
+    "and the GGUF types (q4_0, q4_k, q6_k, ...)"
 )
 _NOTHING: frozenset[str] = frozenset()
 
@@ -236,6 +237,36 @@ class PowerOfTwo(NumberFormat):
         return Layout(f"log{self.width}", self.width, scale="e8m0")
 
 
+@dataclass(frozen=True, repr=False)
+class UnsignedLog(NumberFormat):
+    """``ulog{b}`` and ``ulogsqrt{b}``, 2 to 8 bits: 0 and scale · 2^(−k/root), k = 0 … 2^b − 2, root 1 and 2.
+
+    For what is never negative, as softmax outputs are; negative values become 0. The scale is the largest value.
+    Sources: log2 as in FQ-ViT (Lin et al. 2022, arXiv:2111.13824), log √2 as in RepQ-ViT (Li et al. 2023,
+    arXiv:2212.08254). Their programs round the logarithm and have 2^b + 1 values, 0 among them; here the nearest value
+    is taken, the lower one halfway, and 0 is one of 2^b codes.
+
+    Example:
+        >>> UnsignedLog(4, 2), UnsignedLog(4, 2).levels[-3:]
+        (ulogsqrt4, (0.5, 0.7071067811865476, 1.0))
+    """
+
+    width: int
+    root: int = 1
+
+    def _layout(self) -> Layout:
+        name = {1: "ulog", 2: "ulogsqrt"}.get(self.root, "")
+        if not name:
+            raise ValueError(f"root must be 1 (ulog: powers of two) or 2 (ulogsqrt: of its root), got {self.root}")
+        _check_bits(name, self.width, 2, 8)
+        return Layout(f"{name}{self.width}", self.width)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Values at scale 1, ascending."""
+        return (0.0, *(2.0 ** (-k / self.root) for k in range(2**self.width - 2, -1, -1)))
+
+
 GGUF_BLOCKS = {
     "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34), "q2_k": (256, 84),
     "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210), "iq4_nl": (32, 18),
@@ -289,6 +320,8 @@ _NUMBERED: tuple[tuple[str, Callable[..., NumberFormat]], ...] = (
     (r"fp(\d+)_e(\d+)m(\d+)", _minifloat),
     (r"bcq(\d+)", BinaryCoded),
     (r"log(\d+)", PowerOfTwo),
+    (r"ulog(\d+)", UnsignedLog),
+    (r"ulogsqrt(\d+)", partial(UnsignedLog, root=2)),
     (r"fixed(\d+)\.(\d+)", FixedPoint),
 )
 _NAMED: dict[str, NumberFormat] = {
@@ -327,7 +360,8 @@ def _family(name: str) -> NumberFormat:
     for pattern, make in _NUMBERED:
         if match := re.fullmatch(pattern, name, re.ASCII):
             return make(*map(int, match.groups()))
-    known = ["int4", "int8", "uint4", "uint8", *map(str, MX_ELEMENTS.values()), "bcq2", "log4", "fixed4.4", *_NAMED]
+    own = ("bcq2", "log4", "ulog4", "fixed4.4")
+    known = ["int4", "int8", "uint4", "uint8", *map(str, MX_ELEMENTS.values()), *own, *_NAMED]
     close = [other for other in known if name and other.startswith(name)] or get_close_matches(name, known)
     hint = f": did you mean {', '.join(close[:3])}?" if close else "."
     raise ValueError(f"unknown format {name!r}{hint} Formats are {FAMILIES}")

@@ -23,6 +23,7 @@ from mpq.formats import (
     NumberFormat,
     PowerOfTwo,
     UnsignedInteger,
+    UnsignedLog,
 )
 from mpq.gguf_blocks import gguf_rounded
 from mpq.rounding import (
@@ -126,6 +127,12 @@ def _power_of_two(fmt: PowerOfTwo, x: Tensor, low: Tensor, high: Tensor) -> Tens
     scaled = x / scale
     magnitude = nearest_power(scaled).clamp_(smallest, 1).masked_fill_(scaled.abs() < smallest / 2, 0)
     return magnitude.copysign_(scaled).mul_(scale)
+
+
+@on_grid.register
+def _unsigned_log(fmt: UnsignedLog, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    scale = stored_scale(high.clamp(min=0), fmt.scale or "")
+    return nearest(divide(x, scale).clamp_(0, 1), fmt.levels).mul_(scale)
 
 
 @on_grid.register

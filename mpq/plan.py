@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.formats import NumberFormat
+from mpq.input_range import InputRange
 from mpq.layers import Layer, Network
 from mpq.options import Option, matching
 from mpq.problem import Proof
@@ -60,10 +61,40 @@ class Split:
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer of a plan and what it takes: one option, or a `Split` where its units differ."""
+    """One layer of a plan and what it takes: one option, or a `Split` where its units differ.
+
+    `input_range` is the calibrated range of the layer's input; None: dynamic, every batch has its own.
+
+    Raises:
+        ValueError: if the range is for another format, or another number of channels.
+    """
 
     layer: Layer
     choice: Option | Split
+    input_range: InputRange | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_range is not None:
+            self.input_range.check(self.layer, self.activation)
+
+    def with_choice(self, choice: Option | Split) -> Entry:
+        """The same layer with another choice; the range of its input is dropped where the input's format changes."""
+        changed = Entry(self.layer, choice)
+        kept = self.input_range is not None and self.input_range.fmt == changed.activation
+        return replace(changed, input_range=self.input_range) if kept else changed
+
+    @property
+    def activation(self) -> NumberFormat | None:
+        """The format of the layer's input.
+
+        Raises:
+            ValueError: if the layer is split and its units differ in it.
+        """
+        formats = {option.activation for option in self.options}
+        if len(formats) > 1:
+            names = sorted(map(str, formats))
+            raise ValueError(f"units of {self.layer.name!r} must share one activation format, got {names}")
+        return next(iter(formats), None)
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -171,6 +202,20 @@ class Plan:
         """Bytes of the whole model under this plan."""
         return sum(entry.storage_bits for entry in self.entries) / 8 + self.outside.get("size", 0.0)
 
+    @property
+    def help(self) -> tuple[str, ...]:
+        """What was done after the formats were chosen, in order: ``GPTQ``, ``bias correction``; see `with_help`."""
+        return tuple(self.provenance.get("help", ()))
+
+    def with_help(self, *names: str) -> Plan:
+        """The same plan that names one more thing done to make its formats lose less. What it did is not in the plan.
+
+        Example:
+            >>> Plan((), "").with_help("bias correction").help
+            ('bias correction',)
+        """
+        return replace(self, provenance={**self.provenance, "help": [*self.help, *names]})
+
     def with_options(self, options: Mapping[str, Option | str]) -> Plan:
         """The same plan with some layers set by hand. Predictions and the proof no longer hold and are dropped.
 
@@ -184,7 +229,7 @@ class Plan:
         names = [entry.layer.name for entry in self.entries]
         for pattern, option in options.items():
             chosen |= dict.fromkeys(matching(pattern, names, "with_options"), Option.parse(option))
-        entries = tuple(replace(e, choice=chosen.get(e.layer.name, e.choice)) for e in self.entries)
+        entries = tuple(e.with_choice(chosen.get(e.layer.name, e.choice)) for e in self.entries)
         changed = replace(
             self,
             entries=entries,
@@ -242,7 +287,7 @@ def uniform_plan(plan: Plan, option: Option) -> Plan:
     """
     candidates = plan.provenance.get("candidates") or {}
     entries = tuple(
-        replace(entry, choice=option) if str(option) in candidates.get(entry.layer.name, [str(option)]) else entry
+        entry.with_choice(option) if str(option) in candidates.get(entry.layer.name, [str(option)]) else entry
         for entry in plan.entries
     )
     return Plan(entries=entries, fingerprint=plan.fingerprint, outside=plan.outside, measures=plan.measures)

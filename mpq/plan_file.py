@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 
 from mpq.atomic import write_atomically
+from mpq.formats import parse
+from mpq.input_range import InputRange
 from mpq.layers import Layer, Network
 from mpq.options import Option
 from mpq.plan import AskedBudget, Entry, Plan, Split
@@ -28,12 +30,22 @@ class SplitRecord(msgspec.Struct, forbid_unknown_fields=True):
     codes: str
 
 
+class RangeRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """The calibrated range of a layer's input: one end below and one above a scale of the format."""
+
+    format: str
+    low: list[float]
+    high: list[float]
+    method: str
+
+
 class EntryRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """One layer and its option, or its split."""
+    """One layer and its option, or its split; and the range of its input where it was calibrated."""
 
     layer: Layer
     option: str | None = None
     split: SplitRecord | None = None
+    input_range: RangeRecord | None = None
 
 
 class PlanRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,11 +133,14 @@ def _digest(record: PlanRecord) -> str:
 
 
 def _entry_record(entry: Entry) -> EntryRecord:
+    found = entry.input_range
+    given = RangeRecord(str(found.fmt), list(found.low), list(found.high), found.method) if found else None
     if isinstance(entry.choice, Option):
-        return EntryRecord(entry.layer, option=str(entry.choice))
+        return EntryRecord(entry.layer, option=str(entry.choice), input_range=given)
     split = entry.choice
     codes = base64.b64encode(zlib.compress(split.codes.tobytes(), 9)).decode()
-    return EntryRecord(entry.layer, split=SplitRecord(split.granularity, list(map(str, split.options)), codes))
+    record = SplitRecord(split.granularity, list(map(str, split.options)), codes)
+    return EntryRecord(entry.layer, split=record, input_range=given)
 
 
 def _plan(record: PlanRecord) -> Plan:
@@ -147,8 +162,10 @@ def _entry(record: EntryRecord) -> Entry:
     name = record.layer.name
     if (record.option is None) == (record.split is None):
         raise ValueError(f"plan entry {name!r} must have an option or a split, not both or neither")
+    given = record.input_range
+    found = InputRange(parse(given.format), tuple(given.low), tuple(given.high), given.method) if given else None
     if record.split is None:
-        return Entry(record.layer, Option.parse(record.option or ""))
+        return Entry(record.layer, Option.parse(record.option or ""), found)
     split = record.split
     codes = np.frombuffer(_inflated(split.codes, record.layer.parameters), np.uint8)
     count = len(Network((record.layer,)).units(split.granularity))
@@ -158,7 +175,7 @@ def _entry(record: EntryRecord) -> Entry:
         )
     if codes.max() >= len(split.options):
         raise ValueError(f"plan entry {name!r} names an option that its split does not list")
-    return Entry(record.layer, Split(split.granularity, tuple(map(Option.parse, split.options)), codes))
+    return Entry(record.layer, Split(split.granularity, tuple(map(Option.parse, split.options)), codes), found)
 
 
 def _inflated(text: str, limit: int) -> bytes:

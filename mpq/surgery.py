@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.fake_quantize import fake_quantize
+from mpq.fake_quantize import Limits, fake_quantize
 from mpq.formats import NumberFormat
+from mpq.input_range import InputRange
 from mpq.layers import Layer
-from mpq.plan import Entry, Plan, Split
+from mpq.plan import Entry, Plan
 from mpq.quantizer import Quantizer, RoundToNearest, quantised_weight
 from mpq.tracing import fingerprint
 from mpq.weight_view import as_rows
@@ -23,7 +24,7 @@ def quantized(model: nn.Module, plan: Plan, *, quantizer: Quantizer | None = Non
     """The model with the plan's weights and layer inputs quantised and dequantised, restored on the way out.
 
     Weights are swapped, not written to: what comes back is what was there, also after an error. Ranges of layer inputs
-    are dynamic: each batch has its own.
+    are those of the plan where they were calibrated (`mpq.activation_ranges`), else dynamic: each batch has its own.
 
     Args:
         model: any model with the layers of the plan.
@@ -41,7 +42,7 @@ def quantized(model: nn.Module, plan: Plan, *, quantizer: Quantizer | None = Non
         for parameters, data in weights:
             stack.enter_context(swapped_data(parameters, data))
         for entry in plan.entries:
-            stack.enter_context(quantised_input(model, entry.layer, _activation(entry)))
+            stack.enter_context(quantised_input(model, entry.layer, entry.activation, entry.input_range))
         yield model
 
 
@@ -74,8 +75,10 @@ def swapped_data(parameters: list[nn.Parameter], data: Tensor) -> Iterator[None]
 
 
 @contextmanager
-def quantised_input(model: nn.Module, layer: Layer, fmt: NumberFormat | None) -> Iterator[None]:
-    """A layer whose input is quantised on the way in; embeddings look up and are left alone.
+def quantised_input(
+    model: nn.Module, layer: Layer, fmt: NumberFormat | None, given: InputRange | None = None
+) -> Iterator[None]:
+    """A layer whose input is quantised on the way in, in a given range if there is one; embeddings are left alone.
 
     Raises:
         ValueError: if the layer's weight is used by a function rather than by a module.
@@ -84,11 +87,13 @@ def quantised_input(model: nn.Module, layer: Layer, fmt: NumberFormat | None) ->
         yield
         return
 
+    limits = limits_of(given) if given else None
+
     def quantise_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
-            return (quantise_activation(args[0], fmt, layer), *args[1:]), kwargs
+            return (quantise_activation(args[0], fmt, layer, limits), *args[1:]), kwargs
         name = "input" if "input" in kwargs else next(iter(kwargs))
-        return args, kwargs | {name: quantise_activation(kwargs[name], fmt, layer)}
+        return args, kwargs | {name: quantise_activation(kwargs[name], fmt, layer, limits)}
 
     with ExitStack() as stack:
         for module in input_modules(model, layer):
@@ -97,22 +102,28 @@ def quantised_input(model: nn.Module, layer: Layer, fmt: NumberFormat | None) ->
         yield
 
 
-def quantise_activation(activation: Tensor, fmt: NumberFormat, layer: Layer) -> Tensor:
+def limits_of(given: InputRange) -> Limits:
+    """Both ends of a range as tensors (scales,) in float64."""
+    return torch.tensor(given.low, dtype=torch.float64), torch.tensor(given.high, dtype=torch.float64)
+
+
+def quantise_activation(activation: Tensor, fmt: NumberFormat, layer: Layer, limits: Limits | None = None) -> Tensor:
     """A layer's input in a format. Channels are the last axis of a linear's input, the second of a convolution's.
 
     A scale a token is one a vector of a linear's input, one a sample of a convolution's; groups and blocks run along
-    the channels.
+    the channels. The range is dynamic unless limits are given, one of each or one a channel.
     """
     convolution = layer.kind.startswith("conv")
     granularity = fmt.granularity.kind if fmt.granularity is not None else "block"
     if granularity == "tensor":
-        return fake_quantize(activation, fmt, name=f"{layer.name} (input)")
+        return fake_quantize(activation, fmt, name=f"{layer.name} (input)", limits=limits)
     if granularity == "token":
         rows = activation.flatten(1) if convolution else activation
         return fake_quantize(rows, fmt, name=f"{layer.name} (input)").reshape(activation.shape)
     last = activation.movedim(1, -1) if convolution else activation
     axis = 1 if granularity == "channel" else 0
-    rows = fake_quantize(last.reshape(-1, last.shape[-1]), fmt, axis, name=f"{layer.name} (input)").reshape(last.shape)
+    rows = fake_quantize(last.reshape(-1, last.shape[-1]), fmt, axis, name=f"{layer.name} (input)", limits=limits)
+    rows = rows.reshape(last.shape)
     return rows.movedim(-1, 1) if convolution else rows
 
 
@@ -197,14 +208,3 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def _swapped(model: nn.Module, entry: Entry, quantizer: Quantizer) -> Tensor:
     parameter = layer_parameters(model, entry.layer)[0]
     return quantised_weight(parameter.data, entry.choice, entry.layer, quantizer)
-
-
-def _activation(entry: Entry) -> NumberFormat | None:
-    if not isinstance(entry.choice, Split):
-        return entry.choice.activation
-    formats = {option.activation for option in entry.options}
-    if len(formats) > 1:
-        raise ValueError(
-            f"units of {entry.layer.name!r} must share one activation format, got {sorted(map(str, formats))}"
-        )
-    return formats.pop()

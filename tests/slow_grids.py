@@ -4,7 +4,18 @@ import math
 
 import torch
 
-from mpq.formats import MX, NF4, NVFP4, FixedPoint, Integer, Minifloat, NumberFormat, PowerOfTwo, UnsignedInteger
+from mpq.formats import (
+    MX,
+    NF4,
+    NVFP4,
+    FixedPoint,
+    Integer,
+    Minifloat,
+    NumberFormat,
+    PowerOfTwo,
+    UnsignedInteger,
+    UnsignedLog,
+)
 from mpq.grids import NF4_LEVELS
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,6 +67,9 @@ def levels_of(fmt: NumberFormat, group: list[float], tensor_amax: float) -> list
             scale = below if amax < 1.5 * below else 2 * below
             positive = [scale / 2**k for k in range(2 ** (fmt.bits - 1) - 1)]
             return sorted([-level for level in positive] + [0.0] + positive)
+        case UnsignedLog():
+            scale = stored(high, kind)
+            return [0.0] + [scale * 2.0 ** (-k / fmt.root) for k in range(2**fmt.bits - 2, -1, -1)]
         case FixedPoint():
             step = 2.0**-fmt.fraction_bits
             return [code * step for code in range(-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1))]

@@ -20,6 +20,7 @@ MINIFLOATS = [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 7) for m in range(6) i
 MX = ["mxint8", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"]
 GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq1_0"]
 SCALED = ["int2", "int3", "int4", "int8", "uint2", "uint4", "uint8", "nf4", "log2", "log4", "log8", *MINIFLOATS]
+SCALED += ["ulog2", "ulog4", "ulogsqrt3", "ulogsqrt6"]
 EVERY = [*SCALED, *MX, *GGUF, "int16", "uint16", "nvfp4", "fixed3.4", "fp16", "bf16", "fp32", "bcq1", "bcq3", "tq2_0"]
 
 
@@ -122,6 +123,7 @@ def test_largest_values() -> None:
         ("fixed4.1", [0.25, 0.75, -1.25, 1.75], [0, 1, -1, 2]),
         ("fp4_e3m0", [16, 6, 12, 0.375, 0.125], [16, 8, 16, 0.5, 0]),  # no mantissa: the larger, as IEEE 754-2019 says
         ("log4", [8, 6, -3, 1.5, 0.0625, 0.0624], [8, 8, -4, 2, 0.125, 0]),  # halves away from 0
+        ("ulog3", [8, 6, 1.51, -3, 0.0625, 0.0626], [8, 4, 2, 0, 0, 0.125]),  # the lower one
     ],
 )
 def test_ties(text: str, x: list[float], expected: list[float]) -> None:
@@ -386,3 +388,20 @@ def test_any_values_come_back_finite_within_the_range(text: str, values: list[fl
     q = fake_quantize(x, fmt)
     assert torch.isfinite(q).all()
     assert q.abs().max() <= 2 * x.abs().max() + 1e-3  # −2^(b−1) of int2 is twice the largest code
+
+
+@pytest.mark.parametrize(("text", "root"), [("ulog3", 1), ("ulog4", 1), ("ulogsqrt4", 2)])
+def test_unsigned_logarithms_keep_their_powers_and_zero(text: str, root: int) -> None:
+    powers = torch.tensor([0.0, *(2.0 ** (-k / root) for k in range(2 ** int(text[-1]) - 1))], dtype=torch.float64)
+    assert torch.equal(fake_quantize(powers, text), powers)
+    assert fake_quantize(torch.tensor([-1.0, -0.5]), text).tolist() == [0.0, 0.0]
+
+
+def test_unsigned_logarithms_suit_softmax_outputs() -> None:
+    """Relative errors of what a softmax gives, weighed by its own values: powers beat even steps."""
+    p = (3 * normal(50, 64)).softmax(1)
+    error = {
+        t: float(((fake_quantize(p, t) - p).abs() / p).mean()) for t in ("uint4@tensor", "ulog4@tensor", "log4@tensor")
+    }
+    assert error["ulog4@tensor"] < 0.4 * error["uint4@tensor"]
+    assert error["ulog4@tensor"] < error["log4@tensor"]

@@ -29,6 +29,7 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "gguf_bits_per_
 
 FREE = [f"{kind}{bits}" for kind in ("int", "uint") for bits in range(2, 17)]
 FREE += [f"fp{1 + e + m}_e{e}m{m}" for e in range(1, 8) for m in range(7) if 3 <= 1 + e + m <= 8] + ["nf4"]
+FREE += [f"{kind}{bits}" for kind in ("ulog", "ulogsqrt") for bits in range(2, 9)]
 CODED, LOG = [f"bcq{bits}" for bits in range(1, 5)], [f"log{bits}" for bits in range(2, 9)]
 PLAIN = ["fp16", "bf16", "fp32", "fp64", "fixed1.7", "fixed8.8", "fixed16.16", "mxint8", "mxfp8_e4m3", "mxfp8_e5m2"]
 PLAIN += ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4", *GGUF_BLOCKS]
@@ -220,7 +221,7 @@ def test_families_in_the_error_all_parse() -> None:
     with pytest.raises(ValueError, match="Formats are") as error:
         parse("?")
     names = re.findall(
-        r"\b(?:u?int\d+|[bm]?x?fp\d+(?:_e\dm\d)?|mxint8|nvfp4|nf4|bcq\d|log\d|i?q\d_\w+)", str(error.value)
+        r"\b(?:u?int\d+|[bm]?x?fp\d+(?:_e\dm\d)?|mxint8|nvfp4|nf4|bcq\d|u?log(?:sqrt)?\d|i?q\d_\w+)", str(error.value)
     )
     assert len(names) > 20
     for name in names:
