@@ -22,13 +22,16 @@ def test_the_python_blocks_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     digits = demo.digits()
     names = {"model": demo.cnn(), "data": digits.calibration, "heldout": digits.holdout, "x": digits.holdout[0][0]}
-    block, solving = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, solving, measured = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     without_export, export = block.split("mpq.export")
     exec(compile(without_export, "README.md", "exec"), names)
     assert "uniform int4" in capsys.readouterr().out
     assert (tmp_path / "plan.json").is_file()
     pinned = names["plan"].with_options({"separable.depthwise": "fp32"})  # torchao runs no grouped convolution
     exec(compile(f"import mpq\nmpq.export{export.replace('plan', 'pinned')}", "README.md", "exec"), {"pinned": pinned})
+    exec(compile(measured, "README.md", "exec"), names)
+    assert names["refined"].plan.predicted["size"] <= names["plan"].budgets[0].limit
+    assert names["within"].plan is not None
     names["plan"].table.save("table.parquet")
     exec(compile(f"import mpq\n{solving}", "README.md", "exec"), again := {})
     assert len(set(again["plan"].options.values())) <= 2
