@@ -89,8 +89,8 @@ _HOME = {
 }
 _MODULES = (
     *("activation_ranges", "adaquant", "attention_formats", "batch_norm_tuning", "bias_correction", "budgets"),
-    *("error_database", "fake_quantize", "formats", "gptq", "hardware_models", "layer_norm_scales", "layers", "options"),
-    *("plan", "problem", "quantizer", "sensitivity", "solvers", "tables", "tasks", "weight_database"),
+    *("error_database", "fake_quantize", "formats", "gptq", "hardware_models", "layer_norm_scales", "layers"),
+    *("options", "plan", "problem", "quantizer", "sensitivity", "solvers", "tables", "tasks", "weight_database"),
 )
 
 

@@ -55,6 +55,8 @@ class Compared:
         return 1 - self.best / self.start if self.start else 0.0
 
     def __str__(self) -> str:
+        if self.best == self.start:
+            return f"{self.start:.4g}, that of the start plan ({self.test.samples} samples)"
         certainty = f"p = {self.test.p_value:.2g}, {self.test.samples} samples"
         return f"{self.start:.4g} -> {self.best:.4g} ({-self.gain:+.1%}; {certainty})"
 
