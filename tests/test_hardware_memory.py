@@ -127,10 +127,12 @@ def test_conversions_between_integers_are_free_without_a_row(priced):
 def test_what_fits_on_the_device_is_kept_without_asking(priced):
     table = priced.table({})
     assert table.limits == {"size": 500.0, "activation_peak": 400.0}
-    scored = mpq.CostTable(**{
-        **{name: getattr(table, name) for name in table.__dataclass_fields__ if name != "quantities"},
-        "quantities": {**table.quantities, "sensitivity": np.tile([3.0, 1.0, 0.9, 0.0], (4, 1))},
-    })
+    scored = mpq.CostTable(
+        **{
+            **{name: getattr(table, name) for name in table.__dataclass_fields__ if name != "quantities"},
+            "quantities": {**table.quantities, "sensitivity": np.tile([3.0, 1.0, 0.9, 0.0], (4, 1))},
+        }
+    )
     plan = scored.solve({"latency": 1.0})
     assert plan.predicted["activation_peak"] <= 400
     assert plan.predicted["size"] <= 500
