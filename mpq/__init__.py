@@ -20,10 +20,12 @@ from mpq.version import VERSION as _VERSION
 
 if _TYPE_CHECKING:
     from mpq.accuracy_constraint import smallest
+    from mpq.comparison import compare
     from mpq.evaluator import Evaluator
     from mpq.evolution import evolve
     from mpq.exporting import export
     from mpq.frontier import Frontier
+    from mpq.importing import import_plan
     from mpq.layers import Layer, Network
     from mpq.options import Option, SearchSpace
     from mpq.pipeline import measure, pareto, search
@@ -51,8 +53,10 @@ __all__ = [
     "Plan",
     "Proof",
     "SearchSpace",
+    "compare",
     "evolve",
     "export",
+    "import_plan",
     "measure",
     "pareto",
     "quantized",
@@ -76,8 +80,10 @@ _HOME = {
     "Plan": "plan",
     "Proof": "problem",
     "SearchSpace": "options",
+    "compare": "comparison",
     "evolve": "evolution",
     "export": "exporting",
+    "import_plan": "importing",
     "measure": "pipeline",
     "pareto": "pipeline",
     "quantized": "surgery",

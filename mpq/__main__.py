@@ -11,6 +11,7 @@ import click
 
 from mpq import __version__
 from mpq.device_commands import device
+from mpq.export_commands import compare, export, import_
 from mpq.refine_commands import refine
 from mpq.table_commands import name_value_pairs, pareto, solve, table
 
@@ -21,7 +22,7 @@ MODEL_HELP = (
     "or a transformers folder (with --data TEXT)."
 )
 
-RUN = ("hardware", "batch", "phase", "context", "bops")
+RUN = ("hardware", "batch", "phase", "context", "bops", "target")
 
 INTERRUPTED = {
     "refine": "; with --cache FOLDER the same command goes on",
@@ -114,9 +115,21 @@ def space_options(command: Command) -> Command:
             show_default=True,
             help="auto: one option for projections that runtimes fuse and for convolutions whose outputs are added.",
         ),
+        click.option("--sensitivity", default="auto", show_default=True, help="Method of `mpq list`."),
+        click.option(
+            "--granularity", default="layer", show_default=True, help="What takes an option: layer, rows:16, groups:64."
+        ),
+    )
+
+
+def run_options(command: Command) -> Command:
+    """The arguments of every command that prices a run on a device."""
+    return _decorated(
+        command,
         click.option(
             "--hardware", metavar="NAME|FILE", help="Device, for latency and energy: a name of `mpq list` or a file."
         ),
+        click.option("--target", metavar="LIBRARY", help="Only what this library of `mpq list` can hold: llama.cpp."),
         click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a pass."),
         click.option(
             "--phase",
@@ -132,10 +145,6 @@ def space_options(command: Command) -> Command:
             default="hawq",
             show_default=True,
             help="How bit operations are counted: HAWQ's and qonnx's way, NNCF's, or with accumulators.",
-        ),
-        click.option("--sensitivity", default="auto", show_default=True, help="Method of `mpq list`."),
-        click.option(
-            "--granularity", default="layer", show_default=True, help="What takes an option: layer, rows:16, groups:64."
         ),
     )
 
@@ -158,6 +167,7 @@ def _decorated(command: Command, *decorators: Callable[[Command], Command]) -> C
     "Percent is of the model as it stands. Several hold at once.",
 )
 @space_options
+@run_options
 @click.option("--solver", default="auto", show_default=True, help="Solver of `mpq list`.")
 @click.option(
     "--refine", "evaluations", type=click.FloatRange(min=1), help="Measure so many other plans for a better one."
@@ -221,10 +231,14 @@ main.add_command(pareto)
 main.add_command(table)
 main.add_command(device)
 main.add_command(refine)
+main.add_command(export)
+main.add_command(import_)
+main.add_command(compare)
 
 
 @main.command(epilog=MODEL_HELP, short_help="Layers, ties, reachable budgets, time and memory of MODEL.")
 @space_options
+@run_options
 @model_options
 def inspect(model: str, **given: Any) -> None:
     """Show what MODEL has before anything long: layers, ties, reachable budgets, refused formats, time and memory.

@@ -48,6 +48,15 @@ def to_torchao(plan: Plan) -> dict[str, Any]:
     return _tagged("FqnToConfig", 1, fqn_to_config=configs)
 
 
+def refused_by_torchao(layer: Layer, option: Option) -> str | None:
+    """Why torchao cannot hold an option of a layer; None if it can."""
+    try:
+        _config(Entry(layer, option))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _config(entry: Entry) -> dict[str, Any] | None:
     layer, option = entry.layer, entry.choice
     if not isinstance(option, Option):

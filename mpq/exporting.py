@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mpq.export_torchao import to_torchao
+from mpq.atomic import write_atomically
+from mpq.export_autoround import refused_by_autoround, to_autoround
+from mpq.export_compressed_tensors import refused_by_compressed_tensors, to_compressed_tensors
+from mpq.export_csv import csv_text, to_csv
+from mpq.export_gptqmodel import refused_by_gptqmodel, to_gptqmodel
+from mpq.export_hawq import refused_by_hawq, to_hawq
+from mpq.export_llama_cpp import refused_by_llama_cpp, tensor_type_file, to_llama_cpp
+from mpq.export_modelopt import refused_by_modelopt, to_modelopt
+from mpq.export_onnxruntime import refused_by_onnxruntime, to_onnxruntime
+from mpq.export_quanto import refused_by_quanto, to_quanto
+from mpq.export_torchao import refused_by_torchao, to_torchao
+from mpq.exported_layers import Refusal
+from mpq.layers import Layer
+from mpq.options import Option
 from mpq.plan import Plan
 from mpq.suggestions import did_you_mean
 
-_TARGETS: dict[str, Callable[[Plan], dict[str, Any]]] = {"torchao": to_torchao}
+
+def _json_text(exported: dict[str, Any]) -> str:
+    return json.dumps(exported, indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportTarget:
+    """A library that plans are exported to.
+
+    Attributes:
+        emit: the plan in the form the library reads, as plain data.
+        refused: why the library cannot hold an option of a layer; None if it can.
+        text: that data as the file the library reads.
+    """
+
+    emit: Callable[..., dict[str, Any]]
+    refused: Refusal
+    text: Callable[[dict[str, Any]], str] = _json_text
+
+
+def _takes_all(layer: Layer, option: Option) -> str | None:
+    return None
+
+
+_TARGETS = {
+    "torchao": ExportTarget(emit=to_torchao, refused=refused_by_torchao),
+    "llama.cpp": ExportTarget(emit=to_llama_cpp, refused=refused_by_llama_cpp, text=tensor_type_file),
+    "onnxruntime": ExportTarget(emit=to_onnxruntime, refused=refused_by_onnxruntime),
+    "autoround": ExportTarget(emit=to_autoround, refused=refused_by_autoround),
+    "modelopt": ExportTarget(emit=to_modelopt, refused=refused_by_modelopt),
+    "compressed-tensors": ExportTarget(emit=to_compressed_tensors, refused=refused_by_compressed_tensors),
+    "gptqmodel": ExportTarget(emit=to_gptqmodel, refused=refused_by_gptqmodel),
+    "quanto": ExportTarget(emit=to_quanto, refused=refused_by_quanto),
+    "hawq": ExportTarget(emit=to_hawq, refused=refused_by_hawq),
+    "csv": ExportTarget(emit=to_csv, refused=_takes_all, text=csv_text),
+}
 
 
 def targets() -> list[str]:
@@ -17,16 +68,57 @@ def targets() -> list[str]:
     return list(_TARGETS)
 
 
-def export(plan: Plan, target: str) -> dict[str, Any]:
+def export(plan: Plan, target: str, **settings: Any) -> dict[str, Any]:
     """The plan in the form a library reads, as plain data that `json.dump` takes.
 
     Args:
         plan: what is exported.
         target: a name of `targets()`; the function behind it says how the result is applied.
+        **settings: of that function: ``architecture`` for llama.cpp, ``names`` for HAWQ, ``source``, ``output`` and
+            ``model`` for onnxruntime, which writes a file.
 
     Raises:
         ValueError: if the target is unknown, or cannot hold a format of the plan; nothing is mapped silently.
     """
-    if target not in _TARGETS:
-        raise ValueError(f"export target {target!r} is not known{did_you_mean(target, _TARGETS)}")
-    return _TARGETS[target](plan)
+    return _target(target).emit(plan, **settings)
+
+
+def write_export(plan: Plan, target: str, path: str | Path, **settings: Any) -> None:
+    """Write the file a library reads: JSON, for llama.cpp the list for ``--tensor-type-file``, CSV, or an ONNX model.
+
+    Raises:
+        ValueError: as `export`.
+    """
+    if target == "onnxruntime":
+        export(plan, target, output=path, **settings)
+        return
+    write_atomically(path, export_text(plan, target, **settings))
+
+
+def export_text(plan: Plan, target: str, **settings: Any) -> str:
+    """The text of the file a library reads; see `write_export`.
+
+    Raises:
+        ValueError: as `export`.
+    """
+    return _target(target).text(export(plan, target, **settings))
+
+
+def refusal(target: str, layer: Layer, option: Option | str) -> str | None:
+    """Why a target cannot hold an option of a layer, None if it can: what restricts a search up front.
+
+    Raises:
+        ValueError: if the target is unknown.
+
+    Example:
+        >>> fc = Layer("fc", "linear", (4, 64), 256, 256, (1, 64), (1, 4), "fc.weight", "fc")
+        >>> refusal("llama.cpp", fc, "q8_0"), refusal("hawq", fc, "int4"), refusal("quanto", fc, "uint4@group32")
+        (None, None, "its groups in 'fc' are @channel: write uint4@channel")
+    """
+    return _target(target).refused(layer, Option.parse(option))
+
+
+def _target(name: str) -> ExportTarget:
+    if name not in _TARGETS:
+        raise ValueError(f"export target {name!r} is not known{did_you_mean(name, _TARGETS)}")
+    return _TARGETS[name]

@@ -57,6 +57,7 @@ def inspect_model(
     phase: str | None = None,
     context: int | None = None,
     bops: str = "hawq",
+    target: str | None = None,
 ) -> Inspection:
     """Trace and price a model and time one forward pass.
 
@@ -68,7 +69,7 @@ def inspect_model(
     from mpq.task_choice import TASKS, choose_task
 
     batches = batches_of(data)
-    run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops}
+    run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops, "target": target}
     priced = price(model, batches, space, hardware=hardware, granularity=granularity, **run)
     samples = samples_in(batches)
     with evaluating(model):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mpq.export_restriction import without_refused
 from mpq.limits import Limit, apply_budgets
 from mpq.options import Option, SearchSpace
 from mpq.plan import Plan, weight_format
@@ -64,7 +65,7 @@ def search(  # noqa: PLR0917 - the order is public
         cache: a folder for finished measurements: an interrupted search goes on there.
         refine: measure other plans on the data and take a better one that fresh samples confirm (`mpq.refine`): how
             many measurements of the whole data, or the settings of `refine`.
-        **settings: those of `measure` (task, granularity, quantizer, batch, phase, context, progress).
+        **settings: those of `measure` (task, granularity, quantizer, batch, phase, context, target, progress).
 
     Returns:
         The plan; `plan.table` solves for other budgets in milliseconds.
@@ -173,6 +174,7 @@ def measure(
     phase: str | None = None,
     context: int | None = None,
     bops: str = "hawq",
+    target: str | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
@@ -195,6 +197,7 @@ def measure(
         phase: None or "prefill" prices the positions of the data, "decode" one position a sample.
         context: positions in the cache that attention reads, in "decode".
         bops: convention of bit operations: "hawq", "nncf" or "additions".
+        target: library that the plan will be exported to (`mpq.exporting.targets`): what it cannot hold is no option.
         seed: as for `search`.
         cache: as for `search`.
         progress: show a bar on a terminal.
@@ -208,7 +211,7 @@ def measure(
 
     space = space if isinstance(space, SearchSpace) else SearchSpace(space)
     data = batches_of(data)  # read once: a loader may shuffle, a generator ends
-    run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops}
+    run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops, "target": target}
     priced = price(model, data, space, hardware=hardware, granularity=granularity, **run)
     if budgets is not None:
         priced.check_reachable(budgets, solver)
@@ -303,6 +306,7 @@ def price(
     phase: str | None = None,
     context: int | None = None,
     bops: str = "hawq",
+    target: str | None = None,
 ) -> Priced:
     """Trace the model on the first batch and price every option; nothing is measured. Arguments as for `measure`.
 
@@ -320,6 +324,8 @@ def price(
     network.units(granularity)
     costs = _target(hardware).costs(network, space, batch=batch, phase=phase, context=context, bops=bops)
     _check_rows(costs, network, space)
+    if target is not None:
+        costs = without_refused(costs, network, space, target)
     return Priced(network, space, granularity, costs)
 
 
@@ -374,6 +380,7 @@ def _provenance(priced: Priced) -> dict[str, Any]:
         "pins": {pattern: str(option) for pattern, option in priced.space.pins.items()},
         "granularity": priced.granularity,
         "hardware": attributes["provenance"],
+        **({"target": attributes["target"]} if "target" in attributes else {}),
         "estimates": list(attributes["estimates"]),
         "refused": [f"{layer}: {option}: {reason}" for (layer, option), reason in priced.refused.items()],
         "skipped": dict(priced.network.skipped),

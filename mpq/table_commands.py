@@ -14,7 +14,7 @@ TABLE_HELP = (
     "TABLE is what `mpq search --table` wrote, or a CSV file written by hand: a row a choice, columns unit, option, "
     'sensitivity and any others with their unit, such as "size [B]" or "latency [s]".'
 )
-_FORMS = {"budget": "NAME=LIMIT", "pin": "PATTERN=OPTION", "format-cost": "OPTION=COST"}
+_FORMS = {"budget": "NAME=LIMIT", "name": "LAYER=THEIRS", "pin": "PATTERN=OPTION", "format-cost": "OPTION=COST"}
 
 
 def name_value_pairs(role: str, texts: Sequence[str]) -> dict[str, str]:

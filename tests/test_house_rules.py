@@ -24,7 +24,7 @@ FOLDERS = ("mpq", *PLUGINS)
 VERBS = (
     r"__init__|__main__|pipeline|planning|verification(_report)?|export(ing|_.*)|reporting|inspection|model_source|terminal"
     r"|device_commands|table_commands|table_report|evolution|studies|sampler_mirror|refinement|refine_commands"
-    r"|evaluator|measured_search|accuracy_constraint"
+    r"|evaluator|measured_search|accuracy_constraint|importing|import_.*|comparison"
 )
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {

@@ -1,0 +1,93 @@
+"""What exporters share: the layers of a plan with the one option that each takes, none of which the target lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpq.formats import Float, Integer, UnsignedInteger
+from mpq.granularity import MINMAX
+from mpq.layers import Layer
+from mpq.options import Option
+from mpq.plan import Plan, weight_format
+
+Refusal = Callable[[Layer, Option], str | None]
+"""Why a target cannot hold an option of a layer, None if it can."""
+
+
+def taken_layers(plan: Plan, target: str, refused: Refusal) -> list[tuple[Layer, Option]]:
+    """Every layer with its option.
+
+    Args:
+        plan: what is exported.
+        target: what errors call the library.
+        refused: why it cannot hold an option of a layer; None if it can.
+
+    Raises:
+        ValueError: if a layer is split, or the target cannot hold its option.
+    """
+    taken = []
+    for entry in plan.entries:
+        if not isinstance(entry.choice, Option):
+            raise ValueError(f"{target} takes one format a layer, {entry.layer.name!r} is split: {entry.choice}")
+        reason = refused(entry.layer, entry.choice)
+        if reason is not None:
+            raise ValueError(f"{target} cannot hold {entry.choice} ({entry.layer.name!r}): {reason}")
+        taken.append((entry.layer, entry.choice))
+    return taken
+
+
+def is_unquantised(option: Option) -> bool:
+    """Whether an option leaves a layer in floating point, its input too.
+
+    Example:
+        >>> [is_unquantised(Option.parse(text)) for text in ("fp32", "bf16", "int8", "fp16/int8")]
+        [True, True, False, False]
+    """
+    return isinstance(option.weight, Float) and option.activation is None
+
+
+def group_size(option: Option) -> int:
+    """Columns that share a scale of an integer weight: −1 for a scale a channel, 0 for one a tensor.
+
+    Example:
+        >>> [group_size(Option.parse(text)) for text in ("int4", "int4@group64", "int8@tensor")]
+        [-1, 64, 0]
+    """
+    granularity = weight_format(option).granularity
+    if granularity is None or granularity.kind == "tensor":
+        return 0
+    return granularity.size if granularity.kind == "group" else -1
+
+
+def integer_refusal(layer: Layer, option: Option, bits: tuple[int, ...], what: str) -> str | None:
+    """Why a weight is no integer of those bits with a range from smallest to largest; None if it is.
+
+    Groups must divide the row: every library pads or refuses a short last group in a way of its own.
+    """
+    weight = weight_format(option)
+    if not isinstance(weight, Integer | UnsignedInteger) or weight.bits not in bits:
+        return f"it has {what}"
+    if weight.range != MINMAX:
+        return f"it scales weights by their range, not @{weight.range}"
+    size, columns = group_size(option), layer.parameters // layer.weight_shape[0]
+    if size > 0 and columns % size:
+        return f"groups must divide the row, {size} does not divide its {columns} inputs: take a scale a channel"
+    return None
+
+
+def module_refusal(layer: Layer, kinds: tuple[str, ...] = ("linear",)) -> str | None:
+    """Why a library that swaps modules of some kinds leaves a layer out; None if it takes it."""
+    if layer.module is None:
+        return f"it quantises modules, the weight of {layer.name!r} is used by a function: pin it to fp32"
+    if layer.kind not in kinds:
+        return f"it quantises {' and '.join(kinds)} layers, {layer.name!r} is {_a(layer.kind)}: pin it to fp32"
+    return None
+
+
+def module_names(layer: Layer) -> list[str]:
+    """The modules that hold the layer's weight: its own and, of tied weights, the others."""
+    return [name.rpartition(".")[0] for name in (layer.weight_name, *layer.aliases)]
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
