@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/mpq search demo --options int2,int4,int8 --budget "size=4.5 bits" --hardware nvidia-t4
 
+# One process a core, one thread each: threads of several processes would wait for each other.
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
