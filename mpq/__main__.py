@@ -70,7 +70,8 @@ def main(debug: bool) -> None:
     mpq show plan.json          the plan, layer by layer
     mpq solve table.parquet --budget size=30%       another budget, without the model
     mpq pareto table.parquet --resource latency     what every bit of it buys
-    mpq verify demo plan.json   measured, next to uniform precision
+    mpq verify demo plan.json   measured, next to what simpler rules do at the same budget
+    mpq export plan.json llama.cpp                  what other libraries read; import, compare
     mpq device show nvidia-t4   every number of a device with its source; check a file, measure this machine
     mpq list                    formats, methods, solvers, devices, exports
 
@@ -163,7 +164,7 @@ def _decorated(command: Command, *decorators: Callable[[Command], Command]) -> C
     multiple=True,
     required=True,
     metavar="NAME=LIMIT",
-    help='What the plan must keep: size=18%, "size=4.5 bits", "size=7.5 MiB", "latency=4 ms", bops=20%. '
+    help='What the plan must keep: size=18%, "size=4.5 bits", "latency=4 ms", "energy=2 mJ", bops=20%. '
     "Percent is of the model as it stands. Several hold at once.",
 )
 @space_options
@@ -260,14 +261,14 @@ def inspect(model: str, **given: Any) -> None:
     show_inspection(inspection)
 
 
-@main.command(epilog=MODEL_HELP, short_help="Measure PLAN on MODEL's data, next to uniform precision.")
+@main.command(epilog=MODEL_HELP, short_help="Measure PLAN on MODEL's data, next to what simpler rules do.")
 @model_options
 @click.argument("plan")
 @click.option(
     "--table", "table_path", metavar="TABLE.parquet", help="Cost table of the search, for predicted next to measured."
 )
 def verify(model: str, plan: str, table_path: str | None, **given: Any) -> None:
-    """Measure PLAN on MODEL's held-out data (else on its calibration data), next to uniform precision.
+    """Measure PLAN on MODEL's held-out data (else on its calibration data), next to simpler rules.
 
     \b
     mpq verify demo plan.json --table table.parquet
