@@ -235,7 +235,9 @@ class CostTable:
             ValueError: if the table has none of that name.
         """
         if name not in self.quantities:
-            raise ValueError(f"table has no quantity {name!r}{did_you_mean(name, self.quantities)}")
+            target = self.provenance.get("hardware", {}).get("target")
+            where = f"; it was priced on {target}, which has none" if target else ""
+            raise ValueError(f"table has no quantity {name!r}{did_you_mean(name, self.quantities)}{where}")
         values: FloatTable = self.quantities[name]
         return values
 
