@@ -54,7 +54,7 @@ def estimates_behind(prices: Prices, used: Mask) -> dict[str, tuple[str, ...]]:
 def _calibrated(target: Target, prices: Prices) -> Prices:
     if target.calibration is None or "latency" not in prices.tables:
         return prices
-    correction = target.calibrated("latency")
-    tables: Mapping[str, np.ndarray] = {**prices.tables, "latency": correction["alpha"] * prices.tables["latency"]}
-    offset = correction["alpha"] * prices.offsets.get("latency", 0.0) + correction["beta"]
+    alpha, beta = target.calibration.get("alpha", 1.0), target.calibration.get("beta_s", 0.0)
+    tables: Mapping[str, np.ndarray] = {**prices.tables, "latency": alpha * prices.tables["latency"]}
+    offset = alpha * prices.offsets.get("latency", 0.0) + beta
     return replace(prices, tables=tables, offsets={**prices.offsets, "latency": offset} if offset else prices.offsets)

@@ -40,7 +40,7 @@ from .attention import attention_work, cache_bytes
 from .cells import Cells
 from .device_numbers import Entry, Number
 from .device_schema import EFFICIENCY, FORMAT_PAIR, Key, TableSchema, integer, number
-from .kernel_rows import REFUSED, doubled_pairs, first_row, no_kernel, pick, rows_of
+from .kernel_rows import REFUSED, TableRow, doubled_pairs, first_row, no_kernel, pick, rows_of
 from .prices import DeviceTables, Family, Prices
 
 Floats = NDArray[np.float64]
@@ -76,31 +76,15 @@ SCHEMA = {
 
 
 @dataclass(frozen=True)
-class KernelRow:
-    """Format pairs and the unit that multiplies them, natively (`fallback` is None) or as a fallback."""
+class KernelRow(TableRow):
+    """Format pairs and the unit that multiplies them: natively where `entry` is the unit's own table."""
 
     unit: Entry
-    fallback: Entry | None = None
 
     @property
-    def entry(self) -> Entry:
-        """The table of the file that this row is."""
-        return self.fallback or self.unit
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of weight formats."""
-        return self.entry.texts("weight")
-
-    @property
-    def activations(self) -> tuple[str, ...]:
-        """Names of activation formats."""
-        return self.entry.texts("activation")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of layers, shell patterns."""
-        return self.entry.texts("ops")
+    def is_native(self) -> bool:
+        """Whether it is the unit's own row, not a fallback to it."""
+        return self.entry is self.unit
 
     @property
     def ops_per_s(self) -> float:
@@ -110,9 +94,9 @@ class KernelRow:
     @property
     def numbers(self) -> tuple[Number, ...]:
         """What its latency rests on."""
-        if self.fallback is None:
+        if self.is_native:
             return self.unit.numbers
-        return (*self.fallback.numbers, *(n for n in self.unit.numbers if not n.key.startswith("dequant")))
+        return (*self.entry.numbers, *(n for n in self.unit.numbers if not n.key.startswith("dequant")))
 
 
 def tile_factor(
@@ -197,7 +181,7 @@ class Roofline:
     def describe(self) -> list[str]:
         """One line a row."""
         return [
-            f"{row.unit['unit']} runs {'natively' if row.fallback is None else 'as a fallback'}: "
+            f"{row.unit['unit']} runs {'natively' if row.is_native else 'as a fallback'}: "
             + f"{' '.join(row.weights)} x {' '.join(row.activations)}"
             + ("" if row.kinds == ("*",) else f" ({' '.join(row.kinds)} only)")
             for row in self.rows
@@ -280,8 +264,8 @@ def _read(tables: DeviceTables) -> Roofline | None:
     if not tables["compute"]:
         return None
     units = {entry["unit"]: entry for entry in tables["compute"]}
-    native = (KernelRow(unit) for unit in units.values())
-    fallbacks = (KernelRow(units[entry["runs_as"]], entry) for entry in tables["fallback"])
+    native = (KernelRow(unit, unit) for unit in units.values())
+    fallbacks = (KernelRow(entry, units[entry["runs_as"]]) for entry in tables["fallback"])
     return Roofline((*native, *fallbacks), tables["memory.dram"][0], next(iter(tables["scratchpad"]), None))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,12 +114,6 @@ class Target:
         for source in self.sources:
             lines.append(f"source {source.id} [{source.kind}]: {source.title}. {' '.join(source.read.split())}")
         return "\n".join(lines)
-
-    def calibrated(self, name: str) -> Mapping[str, float]:
-        """What a calibration makes of a quantity's sum: the factor `alpha`, and `beta` that is added once."""
-        if self.calibration is None or name != "latency":
-            return {"alpha": 1.0, "beta": 0.0}
-        return {"alpha": self.calibration.get("alpha", 1.0), "beta": self.calibration.get("beta_s", 0.0)}
 
 
 def storage() -> Target:
