@@ -36,6 +36,9 @@ def to_torchao(plan: Plan) -> dict[str, Any]:
 
     and look at the types afterwards: torchao skips what it cannot pack. Checked with torchao 0.18.
 
+    Torchao gives each position of a convolution's kernel scales of its own, not one a channel, and fails on
+    convolutions of one input channel, along one or three axes, and with floats: only those of 1 x 1 are taken.
+
     Raises:
         ValueError: if a layer is split, its weight is not a module's, or torchao has no config for its option.
     """
@@ -73,7 +76,20 @@ def _config(entry: Entry) -> dict[str, Any] | None:
         raise ValueError(
             f"torchao quantises modules, the weight of {layer.name!r} is used by a function: pin it to fp32"
         )
+    if layer.kind.startswith("conv") and not _holds_convolution(layer, weight):
+        raise ValueError(
+            f"torchao scales every position of a kernel by itself, so that it cannot hold {option} ({layer.name!r}, a "
+            f"{layer.kind}): of convolutions it holds those of 1 x 1 over several channels in int2 to int8 @channel; "
+            "pin it to fp32"
+        )
     return _for_option(layer, option, weight)
+
+
+def _holds_convolution(layer: Layer, weight: NumberFormat) -> bool:
+    """Whether a scale of every channel is what torchao gives a convolution; one input channel makes it fail."""
+    _, channels, *kernel = layer.weight_shape
+    per_channel = isinstance(weight, Integer) and weight.granularity == CHANNEL
+    return kernel == [1, 1] and channels > 1 and per_channel
 
 
 def _for_option(layer: Layer, option: Option, weight: NumberFormat) -> dict[str, Any]:

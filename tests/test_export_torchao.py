@@ -75,6 +75,24 @@ def test_split_layers_and_weights_used_by_functions_are_refused():
         mpq.export(Plan(entries, ""), "torchao")
 
 
+@pytest.mark.parametrize(
+    ("convolution", "option"),
+    [
+        (nn.Conv2d(4, 8, 3), "int4"),
+        (nn.Conv2d(1, 8, 1), "int4"),
+        (nn.Conv2d(4, 8, 1), "fp8_e4m3"),
+        (nn.Conv2d(32, 8, 1), "int4@group16"),
+        (nn.Conv1d(4, 8, 1), "int8"),
+        (nn.Conv3d(4, 8, 1), "int8"),
+    ],
+)
+def test_convolutions_whose_scales_torchao_lays_out_otherwise_are_refused(convolution, option):
+    example = torch.randn(2, convolution.in_channels, *[5] * len(convolution.kernel_size))
+    model = nn.Sequential(convolution)
+    with pytest.raises(ValueError, match="every position of a kernel by itself"):
+        mpq.export(plan_for(model, example, _0=option), "torchao")
+
+
 def test_unknown_targets_are_named():
     with pytest.raises(ValueError, match=r"'torchoa' is not known.*'torchao'"):
         mpq.export(plan_for(net(), torch.randn(2, 64)), "torchoa")
@@ -144,3 +162,14 @@ def test_token_inputs_and_float8_weights_run_in_torchao(torchao):
     assert (close - exact).norm() < 0.05 * exact.norm()
     assert type(deployed[0].weight) is not nn.Parameter
     assert type(deployed[2].weight) is not nn.Parameter
+
+
+def test_a_pointwise_convolution_applied_by_torchao_has_one_scale_a_channel(torchao):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 8, 1)).eval()
+    weight, x = model[0].weight.detach().clone(), torch.randn(2, 16, 5, 5)
+    apply(model, plan_for(model, x, _0="int4"))
+    assert model[0].weight.scale.numel() == 8
+    applied = model[0].weight.dequantize()
+    assert (applied - weight).norm() <= 1.02 * (fake_quantize(weight, "int4") - weight).norm()
+    torch.testing.assert_close(model(x), nn.functional.conv2d(x, applied, model[0].bias), rtol=1e-4, atol=1e-5)

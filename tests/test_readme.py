@@ -27,7 +27,8 @@ def test_the_python_blocks_run_as_written(tmp_path, monkeypatch, capsys):
     exec(compile(without_export, "README.md", "exec"), names)
     assert "uniform int4" in capsys.readouterr().out
     assert (tmp_path / "plan.json").is_file()
-    pinned = names["plan"].with_options({"separable.depthwise": "fp32"})  # torchao runs no grouped convolution
+    kernels = [entry.layer.name for entry in names["plan"].entries if entry.layer.kernel not in ((), (1, 1))]
+    pinned = names["plan"].with_options(dict.fromkeys(kernels, "fp32"))  # torchao holds 1 x 1 convolutions alone
     exec(compile(f"import mpq\nmpq.export{export.replace('plan', 'pinned')}", "README.md", "exec"), {"pinned": pinned})
     exec(compile(measured, "README.md", "exec"), names)
     assert names["refined"].plan.predicted["size"] <= names["plan"].budgets[0].limit
