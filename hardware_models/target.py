@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .costs import costs_frame
 from .device_numbers import Entry, Number, Source
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HOLDS = {"weights": "size", "activations": "activation_peak"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Target:
     """A chip and its runtime; read one with `load`, or take `storage()` where no hardware is given.
 
@@ -114,6 +114,47 @@ class Target:
         for source in self.sources:
             lines.append(f"source {source.id} [{source.kind}]: {source.title}. {' '.join(source.read.split())}")
         return "\n".join(lines)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Every number of the file, a row each: table, key, value, unit, kind (estimate, if one source is) and source.
+
+        Example:
+            >>> import mpq.hardware_models
+            >>> mpq.hardware_models.load("nvidia-t4").to_frame().loc[0, ["table", "key", "unit", "kind"]].tolist()
+            ['memory.dram', 'capacity_bytes', 'bytes', 'estimate']
+        """
+        import pandas as pd
+
+        columns = ("table", "key", "value", "unit", "kind", "source", "title", "read")
+        rows = []
+        for number in self.numbers:
+            kinds = dict.fromkeys(source.kind for source in number.sources)
+            kind = "estimate" if number.is_estimate else "+".join(kinds)
+            said = [", ".join(getattr(source, name) for source in number.sources) for name in ("id", "title", "read")]
+            rows.append((number.where, number.key, number.value, number.unit, kind, *said))
+        return pd.DataFrame(rows, columns=list(columns))
+
+    def plot(self, ax: Any = None, *, interactive: bool = False, key: str | None = None) -> Any:
+        """Numbers of one key side by side, rates of kernels by default: Axes, or a plotly Figure; it is not shown yet.
+
+        Raises:
+            ImportError: without matplotlib or plotly: ``pip install 'mpq-search[explore]'``.
+            ValueError: if the target has no such number.
+        """
+        from .device_picture import device_picture
+
+        return device_picture(self, key=key).drawn(ax, interactive=interactive)
+
+    def __repr__(self) -> str:
+        estimates = sum(number.is_estimate for number in self.numbers)
+        rests = f", {estimates} of them estimates" if estimates else ""
+        families = ", ".join(type(model).__name__ for model in self.models) or "storage alone"
+        return f"Target({self.name!r}, {self.kind}, {families}; {len(self.numbers)} numbers{rests})"
+
+    def _repr_html_(self) -> str:
+        from .device_card import device_card
+
+        return device_card(self)
 
 
 def storage() -> Target:

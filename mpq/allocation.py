@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Status = Literal["optimal", "feasible", "heuristic"]
 
@@ -87,6 +90,30 @@ class Allocation:
     def options(self) -> tuple[str, ...]:
         """Label of the option of every layer."""
         return tuple(self.option_labels[choice] for choice in self.choices)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a layer: its option; `attrs` has objective, usage and status."""
+        import pandas as pd
+
+        names = self.layers or tuple(f"layer {index}" for index in range(len(self.choices)))
+        frame = pd.DataFrame({"option": list(self.options)}, index=pd.Index(names, name="layer"))
+        frame.attrs |= {"objective": self.objective, "usage": dict(self.usage), "status": self.proof.status}
+        return frame
+
+    def plot(self, ax: Any = None, *, interactive: bool = False) -> Any:
+        """The bits of every layer: matplotlib's Axes, or a plotly Figure; it is not shown yet.
+
+        Raises:
+            ImportError: without matplotlib or plotly: ``pip install 'mpq-search[explore]'``.
+        """
+        from mpq.allocation_picture import allocation_picture
+
+        return allocation_picture(self).drawn(ax, interactive=interactive)
+
+    def _repr_html_(self) -> str:
+        from mpq.notebook_cards import allocation_card
+
+        return allocation_card(self)
 
     def __repr__(self) -> str:
         names = self.layers[:12] or [f"layer {index}" for index in range(len(self.choices[:12]))]

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property
 from math import prod
-from typing import TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from mpq.attention import Attention
 from mpq.buffers import Buffer, peak_elements
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Integers: TypeAlias = NDArray[np.int64]  # (units,)
 
 _GRANULARITY = re.compile(r"(?P<layer>layer)|rows(:(?P<rows>\d+))?|groups:(?P<groups>\d+)")
 
 
 def block_size(granularity: str) -> tuple[str, int]:
-    """What a granularity cuts and into blocks of how many: ``("layer", 0)``, ``("rows", n)`` or ``("groups", n)``.
+    """What a granularity cuts, into blocks of how many: ``("rows", n)``, ``("groups", n)``, 0 for layers and experts.
 
     Raises:
         ValueError: If ``granularity`` is none of these.
@@ -29,12 +32,14 @@ def block_size(granularity: str) -> tuple[str, int]:
         >>> block_size("rows:16"), block_size("rows"), block_size("layer")
         (('rows', 16), ('rows', 1), ('layer', 0))
     """
+    if granularity == "experts":
+        return "experts", 0
     match = _GRANULARITY.fullmatch(granularity) if isinstance(granularity, str) else None
     kind = "layer" if match and match["layer"] else "groups" if match and match["groups"] else "rows"
     size = int(match["rows"] or match["groups"] or kind != "layer") if match else 0
     if not match or (kind != "layer" and size < 1):
         raise ValueError(
-            "granularity must be 'layer', 'rows', 'rows:N' (blocks of N output rows) or 'groups:N' "
+            "granularity must be 'layer', 'experts', 'rows', 'rows:N' (blocks of N output rows) or 'groups:N' "
             f"(blocks of N inputs of one row) with N at least 1, got {granularity!r}"
         )
     return kind, size
@@ -213,6 +218,28 @@ class Network:
             parts.append(f"{len(self.skipped)} skipped")
         return f"Network({', '.join(parts)})"
 
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a layer, in order: every field of `Layer` but its name, which is the index."""
+        import pandas as pd
+
+        columns = {each.name: [getattr(layer, each.name) for layer in self.layers] for each in fields(Layer)}
+        return pd.DataFrame(columns).set_index("name").rename_axis("layer")
+
+    def plot(self, ax: Any = None, *, interactive: bool = False) -> Any:
+        """Shares of weights and of work, layer by layer: matplotlib's Axes, or a plotly Figure; it is not shown yet.
+
+        Raises:
+            ImportError: without matplotlib or plotly: ``pip install 'mpq-search[explore]'``.
+        """
+        from mpq.network_picture import network_picture
+
+        return network_picture(self).drawn(ax, interactive=interactive)
+
+    def _repr_html_(self) -> str:
+        from mpq.notebook_cards import network_card
+
+        return network_card(self)
+
     def gemm(self, layer: Layer | str, batch: int | None = None) -> tuple[int, int, int, int]:
         """(M, K, N, repeats) of a layer for ``batch`` samples, those of the example inputs unless given.
 
@@ -227,9 +254,9 @@ class Network:
     def units(self, granularity: str = "layer") -> "Units":
         """Cut every layer into the units that take an option of their own.
 
-        ``layer``: a layer is a unit. ``rows:16``: blocks of 16 output rows, ``rows`` is ``rows:1``. ``groups:64``:
-        blocks of 64 weights along one row. Rows are those of ``weight_shape``, columns its other axes flattened; the
-        last block of a layer or a row may be short.
+        ``layer``: a layer is a unit. ``experts``: so is each matrix of a stack of experts, other layers are whole.
+        ``rows:16``: blocks of 16 output rows, ``rows`` is ``rows:1``. ``groups:64``: blocks of 64 weights along a row.
+        Rows are those of ``weight_shape``, columns its other axes flattened; the last block may be short.
 
         Raises:
             ValueError: If ``granularity`` is none of these.
@@ -245,6 +272,8 @@ class Network:
         kind, size = block_size(granularity)
         if kind == "layer":
             return Units.cut(self.layers)
+        if kind == "experts":
+            return Units.cut(self.layers, rows=[layer.weight_shape[0] // layer.experts for layer in self.layers])
         if kind == "groups":
             return Units.cut(self.layers, rows=1, columns=size)
         return Units.cut(self.layers, rows=size)
@@ -293,12 +322,12 @@ class Units(Sequence[Unit]):
     grouped: bool = False
 
     @classmethod
-    def cut(cls, layers: Sequence[Layer], *, rows: int | None = None, columns: int | None = None) -> "Units":
-        """Cut each layer into blocks of ``rows`` × ``columns``; None: not along that axis."""
+    def cut(cls, layers: Sequence[Layer], *, rows: Any = None, columns: int | None = None) -> "Units":
+        """Cut each layer into blocks of ``rows`` (one number, or one a layer) × ``columns``; None: not along it."""
         blocks = [np.empty((5, 0), dtype=np.int64)]
         for position, layer in enumerate(layers):
             height, width = layer.weight_shape[0], prod(layer.weight_shape[1:])
-            tall, wide = rows or height, columns or width
+            tall, wide = (rows[position] if isinstance(rows, list) else rows) or height, columns or width
             top = np.arange(0, height, tall, dtype=np.int64)[:, None]
             left = np.arange(0, width, wide, dtype=np.int64)[None, :]
             bottom, right = np.minimum(top + tall, height), np.minimum(left + wide, width)

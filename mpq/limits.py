@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpq.budgets import Budget, format_quantity, parse_budget
+from mpq.tables import MEASURES
 
 if TYPE_CHECKING:
     from mpq.tables import CostTable
@@ -51,6 +53,35 @@ def apply_budgets(table: CostTable, budgets: Mapping[str, float | str]) -> tuple
         budget = parse_budget(quantity, asked, table.measures[quantity])
         limits.append(_applied(table, budget, str(asked)))
     return (*limits, *_of_target(table))
+
+
+def limit_of(quantity: str, asked: float | str, table: CostTable | None = None) -> Limit:
+    """What is asked of one quantity as a limit on that very quantity; a plain number may be anything, infinity as well.
+
+    Without a table, text has the units that mpq itself gives the quantity, and there is no 100 % and no bits.
+
+    Raises:
+        ValueError: if the unit is wrong, or the limit is one on another quantity ("4 bits values").
+
+    Example:
+        >>> limit_of("latency", "3 ms").value, limit_of("size", math.inf).meaning
+        (0.003, 'size without a limit')
+    """
+    own = {name: units[0] for name, units in MEASURES.items()}
+    measure = own.get(quantity, "") if table is None else table.measures[quantity]
+    if not isinstance(asked, str):
+        value = float(asked)
+        most = f"at most {format_quantity(value, measure)}" if math.isfinite(value) else "without a limit"
+        return Limit(quantity, value, f"{value:.9g}", f"{quantity} {most}")
+    budget = parse_budget(quantity, asked, measure)
+    if table is None:
+        if budget.kind != "absolute":
+            raise ValueError(f"{asked!r} of {quantity} needs a cost table to be counted from: write base units instead")
+        return limit_of(quantity, budget.value)
+    limit = _applied(table, budget, asked)
+    if limit.resource != quantity:
+        raise ValueError(f"{asked!r} limits {limit.resource}, not {quantity}: write it without 'values'")
+    return limit
 
 
 def _of_target(table: CostTable) -> Iterator[Limit]:

@@ -20,7 +20,10 @@ from mpq.suggestions import did_you_mean
 from mpq.unit_storage import unit_storage_bits
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mpq.tables import CostTable
+    from mpq.verification_report import Verification
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +274,61 @@ class Plan:
         from mpq.plan_file import read_plan
 
         return read_plan(Path(path))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer: its option, bits, size, and what the table predicts for it; see `mpq.plan_frame`."""
+        from mpq.plan_frame import plan_frame
+
+        return plan_frame(self)
+
+    def plot(self, ax: Any = None, *, interactive: bool = False, quantity: str | None = None) -> Any:
+        """The layers in order as a strip: format as colour, weights as width, `quantity` as height; not shown yet.
+
+        Args:
+            ax: matplotlib's Axes to draw on; new ones by default.
+            interactive: a plotly Figure instead.
+            quantity: "bits", or a quantity of the plan's table; see `mpq.plan_picture.plan_picture`.
+
+        Returns:
+            Axes to build on, or the Figure.
+
+        Raises:
+            ImportError: without matplotlib or plotly: ``pip install 'mpq-search[explore]'``.
+            ValueError: if the quantity needs a table that the plan does not know.
+        """
+        from mpq.plan_picture import plan_picture
+
+        return plan_picture(self, quantity=quantity).drawn(ax, interactive=interactive)
+
+    def report(
+        self,
+        path: str | Path,
+        table: CostTable | None = None,
+        verification: Verification | None = None,
+        **extra: Any,
+    ) -> Path:
+        """Write a page that explains the plan: one HTML file that needs no network, for screens and paper.
+
+        Args:
+            path: of the file.
+            table: the cost table the plan was solved from; the plan's own by default, if it still has it.
+            verification: what `mpq.verify` found: measured figures next to predicted ones and to baselines.
+            **extra: those of `mpq.reporting.report_html`: `device`, `model`, `data`.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if the table or the device is not the plan's, or the file cannot be written.
+        """
+        from mpq.reporting import write_report
+
+        return write_report(self, path, table, verification, **extra)
+
+    def _repr_html_(self) -> str:
+        from mpq.notebook_cards import plan_card
+
+        return plan_card(self)
 
     def __repr__(self) -> str:
         counts: dict[str, int] = {}

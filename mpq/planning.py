@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -195,7 +195,7 @@ class _Named:
 
 def trade_off(
     table: CostTable,
-    resource: str,
+    resource: str | Sequence[str],
     budgets: Mapping[str, float | str] | None = None,
     *,
     objective: str = "sensitivity",
@@ -206,22 +206,23 @@ def trade_off(
 
     Args:
         table: scores and costs.
-        resource: the quantity to trade the objective for.
+        resource: the quantity to trade the objective for, or up to three of them.
         budgets: limits that every point keeps, on the resource as well where it should end somewhere.
         objective: the quantity that gets better as the resource grows.
         pins: name patterns and the option those layers take.
         epsilon: leave out points that are better by less than this fraction; 0 keeps every one.
 
     Returns:
-        A `Frontier`, in order of the resource.
+        A `Frontier`, in order of the (first) resource.
 
     Raises:
         InfeasibleError: if no plan keeps the budgets.
         ValueError: if a name, a unit or a pattern is wrong.
     """
-    table.quantity(resource)
-    if resource == objective or resource.endswith("_se"):
-        raise ValueError(f"resource must be a quantity that adds up, other than the objective, got {resource!r}")
+    for name in (resource,) if isinstance(resource, str) else resource:
+        table.quantity(name)
+        if name == objective or name.endswith("_se"):
+            raise ValueError(f"resource must be a quantity that adds up, other than the objective, got {name!r}")
     limits = apply_budgets(table, budgets or {})
     labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
     problem = build_problem(table, limits, objective, labels, {})
@@ -229,7 +230,7 @@ def trade_off(
         front: Frontier = import_module("mpq.solvers.pareto").pareto_frontier(problem, resource, epsilon=epsilon)
     except InfeasibleError as error:
         raise _in_words(error, table, limits, error.obstacles) from error
-    return front
+    return replace(front, table=table, minimised=objective)
 
 
 def predict(table: CostTable, plan: Plan) -> dict[str, float]:

@@ -222,8 +222,10 @@ class CostTable:
 
         return solve_table(self, budgets, **settings)
 
-    def pareto(self, resource: str, budgets: Mapping[str, float | str] | None = None, **settings: Any) -> Frontier:
-        """The `Frontier` between a resource and the sensitivity. Arguments: `mpq.planning.trade_off`."""
+    def pareto(
+        self, resource: str | Sequence[str], budgets: Mapping[str, float | str] | None = None, **settings: Any
+    ) -> Frontier:
+        """The `Frontier` between a resource (or several) and the sensitivity. Arguments: `mpq.planning.trade_off`."""
         from mpq.planning import trade_off
 
         return trade_off(self, resource, budgets, **settings)
@@ -236,8 +238,9 @@ class CostTable:
         """
         if name not in self.quantities:
             target = self.provenance.get("hardware", {}).get("target")
-            where = f"; it was priced on {target}, which has none" if target else ""
-            raise ValueError(f"table has no quantity {name!r}{did_you_mean(name, self.quantities)}{where}")
+            hint = did_you_mean(name, self.quantities)
+            where = f"; it was priced on {target}, which has none" if target and "did you mean" not in hint else ""
+            raise ValueError(f"table has no quantity {name!r}{hint}{where}")
         values: FloatTable = self.quantities[name]
         return values
 
@@ -274,6 +277,29 @@ class CostTable:
         from mpq.table_files import load_table
 
         return load_table(Path(path))
+
+    def plot(self, ax: Any = None, *, interactive: bool = False, **shown: Any) -> Any:
+        """A line an option over the layers, or one quantity against another; it is not shown yet.
+
+        Args:
+            ax: matplotlib's Axes to draw on; new ones by default.
+            interactive: a plotly Figure instead.
+            **shown: as in `mpq.table_picture.table_picture`: quantity, against, plan.
+
+        Returns:
+            Axes to build on, or the Figure.
+
+        Raises:
+            ImportError: without matplotlib or plotly: ``pip install 'mpq-search[explore]'``.
+        """
+        from mpq.table_picture import table_picture
+
+        return table_picture(self, **shown).drawn(ax, interactive=interactive)
+
+    def _repr_html_(self) -> str:
+        from mpq.notebook_cards import table_card
+
+        return table_card(self)
 
     def __repr__(self) -> str:
         columns = ", ".join(f"{name} [{self.measures[name]}]" for name in self.quantities)
