@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mpq import completers
+from mpq.command_arguments import CommaSeparated, check_output
+from mpq.command_group import AnswerCommand, CommandGroup
+from mpq.json_answers import CHECK_KEYS, DEVICE_KEYS, MEASURED_KEYS, json_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -17,23 +22,38 @@ _WIDTH = 100
 _SHAPES_HELP = "CSV file with the columns kind, m, k, n and possibly repeats, taps: the shapes to measure."
 
 
-@click.group(short_help="Show, check and measure devices.")
+@click.group(cls=CommandGroup, short_help="Show, check and measure devices.")
 def device() -> None:
-    """Show, check and measure devices: where latency and energy come from."""
+    """Show, check and measure devices: where latency and energy come from.
+
+    \b
+    mpq device show nvidia-t4
+    mpq device check mine.toml
+    mpq device measure --output mine.toml --model demo
+    """  # noqa: D301 - click wants the character itself
 
 
-@device.command(short_help="Every number of a device with its unit and source.")
-@click.argument("name", metavar="NAME|FILE")
-def show(name: str) -> None:
+@device.command(cls=AnswerCommand, answer=DEVICE_KEYS, short_help="Every number of a device with its unit and source.")
+@click.argument("name", metavar="NAME|FILE", shell_complete=completers.device)
+def show(name: str, as_json: bool) -> None:
     """Every number of a device with its unit, kind and source; estimates are marked with ~.
 
     \b
     mpq device show nvidia-t4
     mpq device show mine.toml
     """  # noqa: D301 - click wants the character itself
+    target = import_module("mpq.hardware_models").load(name)
+    if as_json:
+        from mpq.json_answers import device_answer
+
+        click.echo(json_text(device_answer(target)))
+    else:
+        _show(target)
+
+
+def _show(target: Any) -> None:
     from mpq.terminal import open_console, print_table
 
-    target = import_module("mpq.hardware_models").load(name)
     console = open_console()
     _say(console, f"{target.name}: {target.kind}, {target.runtime}")
     _say(console, " ".join(target.notes.split()))
@@ -60,10 +80,12 @@ def show(name: str) -> None:
         _say(console, f"~ marks {len(guesses)} of {len(target.numbers)} numbers that rest on an estimate")
 
 
-@device.command(short_help="Whether a device file is right; every problem with its line.")
-@click.argument("file", metavar="FILE")
+@device.command(
+    cls=AnswerCommand, answer=CHECK_KEYS, short_help="Whether a device file is right; every problem with its line."
+)
+@click.argument("file", metavar="FILE", shell_complete=completers.among((), files=".toml"))
 @click.pass_context
-def check(context: click.Context, file: str) -> None:
+def check(context: click.Context, file: str, as_json: bool) -> None:
     """Whether a device file is right: exit code 0 and what it holds, or 1 and every problem with its line.
 
     \b
@@ -72,10 +94,14 @@ def check(context: click.Context, file: str) -> None:
     try:
         target = import_module("mpq.hardware_models").load(file)
     except ValueError as error:
-        for line in str(error).splitlines():
-            click.echo(line, err=True)
+        problems = str(error).splitlines()
+        if as_json:
+            click.echo(json_text({"ok": False, "problems": problems, "summary": ""}))
+        else:
+            click.echo("\n".join(problems), err=True)
         context.exit(1)
-    click.echo(summary(target))
+    found = summary(target)
+    click.echo(json_text({"ok": True, "problems": [], "summary": found}) if as_json else found)
 
 
 def summary(target: Any) -> str:
@@ -88,15 +114,25 @@ def summary(target: Any) -> str:
     return f"ok: {', '.join(parts)}"
 
 
-@device.command(short_help="Time kernels on this machine and write a device file.")
+@device.command(
+    cls=AnswerCommand, answer=MEASURED_KEYS, short_help="Time kernels on this machine and write a device file."
+)
 @click.option("--output", required=True, metavar="MINE.toml", help="The device file; the table stands beside it.")
-@click.option("--model", metavar="MODEL", help="Measure the shapes of this model's layers.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Measure the shapes of this model's layers.",
+    shell_complete=completers.model,
+)
 @click.option("--shapes", metavar="SHAPES.csv", help=_SHAPES_HELP)
 @click.option(
     "--options",
+    type=CommaSeparated(),
+    metavar="FORMATS",
     default="int4,int8,int8/int8",
     show_default=True,
     help="Formats to measure, besides the model's own.",
+    shell_complete=completers.option_list,
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of a kernel.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a pass.")
@@ -117,13 +153,12 @@ def measure(output: str, model: str | None, shapes: str | None, **given: Any) ->
     mpq device measure --output mine.toml --model demo
     mpq search demo --options int4,int8 --budget latency=80% --hardware mine.toml
     """  # noqa: D301 - click wants the character itself
-    from mpq.atomic import check_writable, write_atomically
+    from mpq.atomic import write_atomically
 
-    if not output.endswith(".toml"):
-        raise ValueError(f"--output must end in .toml, got {output!r}")
+    check_output("--output", output, (".toml",))
     if (model is None) == (shapes is None):
         raise ValueError("give what to measure: --model MODEL or --shapes SHAPES.csv, one of them")
-    path = check_writable(output)
+    path = Path(output)
     table = path.with_suffix(".csv")
     if shapes is not None and table.resolve() == Path(shapes).resolve():
         raise ValueError(f"the table would overwrite {shapes!r}: give --output another name")
@@ -135,17 +170,21 @@ def measure(output: str, model: str | None, shapes: str | None, **given: Any) ->
         given["name"] or path.stem, table.name, result, timing
     )
     write_atomically(path, text)
-    _report(result, f"{path}, {table.name}")
+    _report(result, [str(path), table.name], as_json=given["as_json"])
 
 
-def _report(result: Any, written: str) -> None:
+def _report(result: Any, written: list[str], *, as_json: bool) -> None:
     reasons: dict[str, int] = {}
     for reason in result.refused.values():
         reasons[reason] = reasons.get(reason, 0) + 1
+    if as_json:
+        found = {"kernels": len(result.table), "spread": result.wide, "refused": reasons, "written": written}
+        click.echo(json_text(found))
+        return
     for reason, count in reasons.items():
         click.echo(f"not measured, {_count(count, 'kernel')}: {reason}")
     click.echo(f"{_count(len(result.table), 'kernel')}, {result.wide} with repeats more than 15 % apart")
-    click.echo(f"written: {written}")
+    click.echo(f"written: {', '.join(written)}")
 
 
 def _runtime(given: dict[str, Any]) -> Any:

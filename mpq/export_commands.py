@@ -6,21 +6,33 @@ from typing import Any
 
 import click
 
-from mpq.table_commands import name_value_pairs
+from mpq import completers
+from mpq.command_arguments import check_output, name_value_pairs
+from mpq.command_group import AnswerCommand, ToldCommand
+from mpq.json_answers import COMPARISON_KEYS, PLAN_KEYS, json_text
+from mpq.plan_commands import check_form
 
 _ARCHITECTURE = (
     "Architecture, as the gguf package names it, for models whose names are not those of Llama and its kind."
 )
+_plan_file = completers.among((), files=".json")
 _TARGETS_HELP = "`mpq list` names the TARGETs: torchao, llama.cpp, onnxruntime, compressed-tensors, and others."
 
 
-@click.command(epilog=_TARGETS_HELP, short_help="Write PLAN in the form that TARGET reads.")
-@click.argument("plan")
-@click.argument("target")
+@click.command(cls=ToldCommand, epilog=_TARGETS_HELP, short_help="Write PLAN in the form that TARGET reads.")
+@click.argument("plan", shell_complete=_plan_file)
+@click.argument("target", shell_complete=completers.target)
 @click.option("--output", metavar="FILE", help="File to write; by default the text is printed.")
 @click.option("--source", metavar="MODEL.onnx", help="The model in floats, for onnxruntime.")
 @click.option("--architecture", metavar="NAME", help=_ARCHITECTURE)
-@click.option("--name", "names", multiple=True, metavar="LAYER=THEIRS", help="HAWQ's name of a layer.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="LAYER=THEIRS",
+    help="HAWQ's name of a layer.",
+    shell_complete=completers.pin,
+)
 def export(plan: str, target: str, output: str | None, **given: Any) -> None:
     """Write PLAN in the form that TARGET reads. Formats that TARGET lacks are refused, by layer.
 
@@ -43,15 +55,28 @@ def export(plan: str, target: str, output: str | None, **given: Any) -> None:
         click.echo(export_text(loaded, target, **settings), nl=False)
 
 
-@click.command(name="import", short_help="Read the plan of another library into ours.")
-@click.argument("source")
+@click.command(
+    name="import", cls=AnswerCommand, answer=PLAN_KEYS, short_help="Read the plan of another library into ours."
+)
+@click.argument("source", shell_complete=completers.source)
 @click.argument("file")
 @click.option(
-    "--like", required=True, metavar="PLAN.json", help="Any plan of mpq for the same model: it has the layers."
+    "--like",
+    required=True,
+    metavar="PLAN.json",
+    help="Any plan of mpq for the same model: it has the layers.",
+    shell_complete=_plan_file,
 )
 @click.option("--default", metavar="OPTION", help="What layers take that the file does not name.")
 @click.option("--architecture", metavar="NAME", help=_ARCHITECTURE)
-@click.option("--name", "names", multiple=True, metavar="LAYER=THEIRS", help="HAWQ's name of a layer.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="LAYER=THEIRS",
+    help="HAWQ's name of a layer.",
+    shell_complete=completers.pin,
+)
 @click.option("--output", required=True, metavar="PLAN.json", help="The plan to write.")
 def import_(source: str, file: str, like: str, default: str | None, output: str, **given: Any) -> None:
     """Read FILE, the plan of SOURCE (autoround, hawq, llama.cpp or modelopt), into a plan of mpq.
@@ -68,19 +93,29 @@ def import_(source: str, file: str, like: str, default: str | None, output: str,
     from mpq.importing import import_plan
     from mpq.plan import Plan
 
+    as_json = given.pop("as_json")
+    check_output("--output", output)
     plan = import_plan(Path(file), source, Plan.load(like), default=default, **_settings(source, given))
     plan.save(output)
-    click.echo(f"{plan}\nwrote {output}")
+    if as_json:
+        from mpq.json_answers import plan_answer
+
+        click.echo(json_text(plan_answer(plan)))
+    else:
+        click.echo(f"{plan}\nwrote {output}")
 
 
-@click.command(short_help="Where two plans differ, layer by layer.")
-@click.argument("first")
-@click.argument("second")
+@click.command(cls=AnswerCommand, answer=COMPARISON_KEYS, short_help="Where two plans differ, layer by layer.")
+@click.argument("first", shell_complete=_plan_file)
+@click.argument("second", shell_complete=_plan_file)
 @click.option(
-    "--table", metavar="TABLE", help="Cost table that has the options of both: predicts what each difference loses."
+    "--table",
+    metavar="TABLE",
+    help="Cost table that has the options of both: predicts what each difference loses.",
+    shell_complete=completers.among((), files=".parquet"),
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Plain comma-separated values.")
-def compare(first: str, second: str, table: str | None, as_csv: bool) -> None:
+def compare(first: str, second: str, table: str | None, *, as_csv: bool, as_json: bool) -> None:
     """Where the plans FIRST and SECOND differ, layer by layer: bytes and, with a table, predicted loss.
 
     \b
@@ -91,9 +126,15 @@ def compare(first: str, second: str, table: str | None, as_csv: bool) -> None:
     from mpq.plan import Plan
     from mpq.tables import CostTable
 
+    check_form(as_csv=as_csv, as_json=as_json)
     loaded = None if table is None else CostTable.load(table)
     comparison = compare_plans(Plan.load(first), Plan.load(second), loaded)
-    click.echo(comparison_csv(comparison) if as_csv else f"{comparison}\n", nl=False)
+    if as_json:
+        from mpq.json_answers import comparison_answer
+
+        click.echo(json_text(comparison_answer(comparison)))
+    else:
+        click.echo(comparison_csv(comparison) if as_csv else f"{comparison}\n", nl=False)
 
 
 def _settings(library: str, given: dict[str, Any]) -> dict[str, Any]:

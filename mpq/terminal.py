@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _SHOWN = ("sensitivity", "size", "latency", "energy", "bops")
 _FIGURE_BREAK = re.compile(r" (?=±|to )")  # where figures may fold: never before their unit
 _GAP = 2  # spaces between columns
+_VERDICTS = {"is better": "green", "is WORSE": "red", "did not earn": "yellow"}
 _NAME_WIDTH = 14  # what names of layers fold to before other columns give way
 
 
@@ -153,7 +154,9 @@ def show_verification(verification: Verification, *, data: str = "held-out") -> 
     )
     for line in verification.notes:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(verification.verdict, highlight=False, soft_wrap=True)
+    verdict = verification.verdict
+    colour = next((colour for words, colour in _VERDICTS.items() if words in verdict), "default")
+    console.print(verdict, style=colour, highlight=False, soft_wrap=True)
 
 
 def _comparison(verification: Verification) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -217,7 +220,7 @@ def show_inspection(inspection: Inspection) -> None:
     console.print(
         f"{inspection.task}, {inspection.samples} samples, method {inspection.method}: "
         f"about {format_seconds(inspection.seconds)} and "
-        f"{format_quantity(inspection.memory_bytes, 'B')} at the peak (estimated from one timed forward pass)",
+        f"{format_quantity(inspection.memory_bytes, 'B')} at the peak (estimated {inspection.estimated})",
         highlight=False,
         soft_wrap=True,
     )

@@ -131,7 +131,7 @@ def test_list_names_everything():
             1,
             "cannot run on the held-out data: RuntimeError",
         ),
-        (["search", str(TESTS), "--budget", "size=50%"], 1, "no config.json"),
+        (["search", str(TESTS / "benchmarks"), "--budget", "size=50%"], 1, "no config.json"),
         (["search", MODEL, "--budget", "size=50%", "--task", "classify"], 1, "task must be one of"),
         (["show", "no-such-plan.json"], 1, "cannot read plan"),
         (["serch"], 2, "did you mean 'search'"),

@@ -1,0 +1,278 @@
+"""Arguments that several commands take, and how their texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from mpq import completers
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODEL_HELP = (
+    "MODEL is `demo`, `demo-transformer`, FILE.py:function (returns model, data, optionally task and held-out data), "
+    "or a transformers folder (with --data TEXT)."
+)
+RUN = ("hardware", "batch", "phase", "context", "bops", "target")
+_FORMS = {"budget": "NAME=LIMIT", "name": "LAYER=THEIRS", "pin": "PATTERN=OPTION", "format-cost": "OPTION=COST"}
+
+
+class CommaSeparated(click.types.StringParamType):
+    """Texts separated by commas; a list in a settings file."""
+
+    name = "text"
+
+
+def decorated(command: Command, *decorators: Callable[[Command], Command]) -> Command:
+    """The command with arguments that its help lists in this order."""
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """The arguments of every command that takes a model."""
+    return decorated(
+        command,
+        click.argument("model", shell_complete=completers.model),
+        data_options,
+    )
+
+
+def data_options(command: Command) -> Command:
+    """The data of a model, where it does not bring its own, and the task."""
+    return decorated(
+        command,
+        click.option(
+            "--data",
+            "text",
+            metavar="TEXT",
+            help="Text file that calibrates a transformers folder.",
+            shell_complete=completers.among((), files=".txt"),
+        ),
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="Windows of text to calibrate on; as many again are held out.",
+        ),
+        click.option(
+            "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens in a window of text."
+        ),
+        click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
+        click.option(
+            "--task",
+            metavar="TASK",
+            help="classification, causal-lm or features; chosen from the data by default.",
+            shell_complete=completers.task,
+        ),
+    )
+
+
+def space_options(command: Command) -> Command:
+    """The arguments of every command that takes a search space."""
+    return decorated(
+        command,
+        click.option(
+            "--options",
+            type=CommaSeparated(),
+            metavar="FORMATS",
+            default="int2,int4,int8",
+            show_default=True,
+            help="Formats a layer may take: weight or weight/input, separated by commas.",
+            shell_complete=completers.option_list,
+        ),
+        pin_option,
+        click.option(
+            "--ties",
+            type=click.Choice(["auto", "none"]),
+            default="auto",
+            show_default=True,
+            help="auto: one option for projections that runtimes fuse and for convolutions whose outputs are added.",
+        ),
+        click.option(
+            "--sensitivity",
+            metavar="METHOD",
+            default="auto",
+            show_default=True,
+            help="Method of `mpq list`.",
+            shell_complete=completers.method,
+        ),
+        click.option(
+            "--granularity",
+            metavar="UNITS",
+            default="layer",
+            show_default=True,
+            help="What takes an option: layer, rows:16, groups:64.",
+            shell_complete=completers.granularity,
+        ),
+    )
+
+
+def run_options(command: Command) -> Command:
+    """The arguments of every command that prices a run on a device."""
+    return decorated(
+        command,
+        click.option(
+            "--hardware",
+            metavar="NAME|FILE",
+            help="Device, for latency and energy: a name of `mpq list` or a file.",
+            shell_complete=completers.device,
+        ),
+        click.option(
+            "--target",
+            metavar="LIBRARY",
+            help="Only what this library of `mpq list` can hold: llama.cpp.",
+            shell_complete=completers.target,
+        ),
+        click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a pass."),
+        click.option(
+            "--phase",
+            type=click.Choice(["prefill", "decode"]),
+            help="Of a language model: all positions at once, as without it, or one a sample.",
+        ),
+        click.option(
+            "--context", type=click.IntRange(min=1), help="Positions in the cache that attention reads, in decode."
+        ),
+        click.option(
+            "--bops",
+            type=click.Choice(["hawq", "nncf", "additions"]),
+            default="hawq",
+            show_default=True,
+            help="How bit operations are counted: HAWQ's and qonnx's way, NNCF's, or with accumulators.",
+        ),
+    )
+
+
+def budget_option(help_text: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """`--budget NAME=LIMIT`, as often as there are limits."""
+    return click.option(
+        "--budget",
+        "budgets",
+        multiple=True,
+        required=required,
+        metavar="NAME=LIMIT",
+        help=help_text,
+        shell_complete=completers.budget,
+    )
+
+
+def pin_option(command: Command) -> Command:
+    """`--pin PATTERN=OPTION`."""
+    return click.option(
+        "--pin",
+        "pins",
+        multiple=True,
+        metavar="PATTERN=OPTION",
+        help="Option that these layers take.",
+        shell_complete=completers.pin,
+    )(command)
+
+
+def solver_option(command: Command) -> Command:
+    """`--solver NAME`."""
+    return click.option(
+        "--solver",
+        metavar="SOLVER",
+        default="auto",
+        show_default=True,
+        help="Solver of `mpq list`.",
+        shell_complete=completers.solver,
+    )(command)
+
+
+def seed_option(command: Command) -> Command:
+    """`--seed N`."""
+    return click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")(command)
+
+
+def cache_option(command: Command) -> Command:
+    """`--cache FOLDER`."""
+    return click.option(
+        "--cache",
+        metavar="FOLDER",
+        help="Keep finished measurements: after Ctrl-C the same command goes on there.",
+        shell_complete=completers.among((), files="/"),
+    )(command)
+
+
+def name_value_pairs(role: str, texts: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` arguments as a dict.
+
+    Raises:
+        ValueError: for an argument of another form, or a name that is given twice.
+
+    Example:
+        >>> name_value_pairs("budget", ["size=18%", "latency=4 ms"])
+        {'size': '18%', 'latency': '4 ms'}
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name or not value:
+            raise ValueError(f"--{role} must be {_FORMS[role]}, got {text!r}")
+        if name in pairs:
+            raise ValueError(f"--{role} of {name!r} is given twice, as {pairs[name]!r} and as {value!r}")
+        pairs[name] = value
+    return pairs
+
+
+def source_of(model: str, given: Mapping[str, Any], *, files: bool = False) -> Any:
+    """The model and data of `model_options`; with `files` a checkpoint may come without data."""
+    from dataclasses import replace
+
+    from mpq.model_source import call_function, check_holdout, load_source
+
+    how = {name: given[name] for name in ("text", "samples", "tokens")}
+    source = load_source(model, **how, files=files and given["holdout"] is None)
+    for note in source.notes:
+        click.echo(note, err=True)
+    if given["holdout"] is not None:
+        source = replace(source, holdout=call_function(given["holdout"]))
+    source = check_holdout(source)
+    return source if given["task"] is None else replace(source, task=given["task"])
+
+
+def space_of(given: Mapping[str, Any]) -> Any:
+    """The search space of `space_options`."""
+    from mpq.options import SearchSpace
+
+    options = [text.strip() for text in given["options"].split(",") if text.strip()]
+    return SearchSpace(options, name_value_pairs("pin", given["pins"]), "auto" if given["ties"] == "auto" else None)
+
+
+def budgets_of(texts: Sequence[str], hardware: str | None) -> dict[str, str]:
+    """The budgets, checked for what needs a device.
+
+    Raises:
+        ValueError: for a budget of another form, or of a quantity that only a device has.
+    """
+    budgets = name_value_pairs("budget", texts)
+    if hardware is None and (needs := sorted({"latency", "energy"} & set(budgets))):
+        raise ValueError(f"a budget of {needs[0]} needs a device: give --hardware NAME (mpq list names them)")
+    return budgets
+
+
+def check_output(option: str, path: str | None, endings: Sequence[str] = ()) -> None:
+    """Refuse, before long work, a file that cannot be written.
+
+    Raises:
+        ValueError: if it has another ending, or cannot be written.
+    """
+    from mpq.atomic import check_writable
+
+    if path is None:
+        return
+    if endings and not path.endswith(tuple(endings)):
+        raise ValueError(f"{option} must end in {' or '.join(endings)}, got {path!r}")
+    check_writable(path)
+
+
+def say_written(*paths: str | None, quiet: bool = False) -> None:
+    """Name the files that were written; on standard error where standard output is an answer for machines."""
+    for path in paths:
+        if path is not None:
+            click.echo(f"written: {path}", err=quiet)
