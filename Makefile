@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/mpq search demo --options int2,int3,int4,int6,int8 --budget size=25% --hardware nvidia-t4
+	$(BIN)/mpq demo
 
 # One process a core, one thread each: threads of several processes would wait for each other.
 test: venv

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from mpq.arrays import FloatArray
 from mpq.budgets import format_quantity
+from mpq.json_answers import json_text, proof_answer
 from mpq.problem import Proof
 from mpq.terminal import open_console, plan_lines, print_table, show_layers
 
@@ -72,11 +72,11 @@ def solution_json(solution: Solution) -> str:
             }
             for limit in solution.limits
         ],
-        "proof": _proof_fields(solution.proof),
-        "robust": None if robust is None else {"worst_case": solution.worst_case, **_proof_fields(robust.proof)},
+        "proof": proof_answer(solution.proof),
+        "robust": None if robust is None else {"worst_case": solution.worst_case, **proof_answer(robust.proof)},
         "options": solution.options,
     }
-    return json.dumps(content, indent=1)
+    return json_text(content)
 
 
 def budget_prices(solution: Solution) -> dict[str, float]:
@@ -182,10 +182,6 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2g}%" if fraction else "0%"
 
 
-def _proof_fields(proof: Proof) -> dict[str, Any]:
-    return {"status": proof.status, "bound": proof.bound, "gap": proof.gap}
-
-
 def show_front(table: CostTable, front: Any, names: tuple[str, str], *, points: int) -> None:
     """A frontier as a table of at most so many points, the knee marked, and a plot."""
     (resource, objective), (amounts, values) = names, _amounts(table, front, names)
@@ -233,7 +229,7 @@ def front_json(table: CostTable, front: Any, names: tuple[str, str]) -> str:
             for amount, value, choices in zip(*_amounts(table, front, names), front.choices, strict=True)
         ],
     }
-    return json.dumps(content, indent=1)
+    return json_text(content)
 
 
 def _amounts(table: CostTable, front: Any, names: tuple[str, str]) -> tuple[FloatArray, FloatArray]:

@@ -241,7 +241,8 @@ class _Judge:
             )
         same = self.known[key]
         tries = ((costs.get("sensitivity"), same.divergence),)
-        return replace(same, name=name, costs=costs, fits=_fits(self.plan, candidate, costs), tries=tries)
+        fits = _fits(self.plan, candidate, costs)
+        return replace(same, name=name, costs=costs, fits=fits, tries=tries, plan=candidate)
 
     def _figures(self, outputs: Iterable[Outputs]) -> SampleFigures:
         figures = sample_figures(self.task, self.reference, outputs)

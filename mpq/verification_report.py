@@ -17,6 +17,8 @@ from mpq.rank_correlation import spearman
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mpq.plan import Plan
+
 FULL_PRECISION = "full precision"
 _EQUAL = "it and {} are equal within the noise of this data"
 _FEWEST_PLANS = 10  # for a rank correlation to mean anything
@@ -35,6 +37,7 @@ class Measured:
         fits: whether the plan's budgets are kept; None where that is not known.
         per_sample: (samples,) divergences.
         tries: predicted sensitivity (None if not known) and measured divergence of every plan that was drawn.
+        plan: what was measured; None for full precision.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Measured:
     fits: bool | None = None
     per_sample: NDArray[np.float64] = field(repr=False)
     tries: tuple[tuple[float | None, float], ...] = ()
+    plan: Plan | None = field(default=None, repr=False)
 
     @property
     def divergence(self) -> float:
