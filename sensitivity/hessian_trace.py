@@ -11,7 +11,7 @@ from .gradient_pass import Labels, check_labels
 from .measurement import Measurement, Scores
 from .trace_estimators import StoppingRule
 from .trace_scores import AverageTraces, quantised_inputs, trace_scores
-from .traces import Blocks, Method
+from .traces import Blocks, Algorithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class HessianTrace:
         probes: products with the Hessian a layer at most.
         tolerance: relative standard error at which a layer's trace is done; 0 takes all probes.
         absolute_tolerance: added to it, in units of the trace.
-        method: "auto", "joint", "block", "hutch++" or "xtrace", see `mpq.sensitivity.layer_traces`.
+        algorithm: "auto", "joint", "block", "hutch++" or "xtrace", see `mpq.sensitivity.layer_traces`.
         labels: "data", "model", or "auto", the data's where it has labels and the task measures a loss.
 
     Cost: a product with the Hessian is about four to eight forwards; a product a probe for all layers, or a layer.
@@ -58,13 +58,13 @@ class HessianTrace:
     probes: int = 256
     tolerance: float = 0.05
     absolute_tolerance: float = 0.0
-    method: Method = "auto"
+    algorithm: Algorithm = "auto"
     labels: Labels = "auto"
 
     def __post_init__(self) -> None:
         check_labels(self.labels)
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {self.algorithm!r}")
         self._rule()
 
     def __call__(self, measurement: Measurement) -> Scores:
@@ -75,7 +75,7 @@ class HessianTrace:
                 quantised that no module receives.
         """
         labels = "model" if self.labels == "auto" and measurement.task.measured_in != "loss" else self.labels
-        blocks = Blocks(rule=self._rule(), method=self.method, labels=labels)
+        blocks = Blocks(rule=self._rule(), algorithm=self.algorithm, labels=labels)
         layers = measurement.network.layers
         mean, covariance = np.zeros((len(layers), 2)), np.zeros((len(layers), 2, 2))
         inputs = quantised_inputs(measurement)

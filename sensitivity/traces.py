@@ -32,7 +32,7 @@ from .trace_estimators import StoppingRule, hutch_plus_plus, seed_of, xtrace
 if TYPE_CHECKING:
     import pandas as pd
 
-Method = Literal["auto", "joint", "block", "hutch++", "xtrace"]
+Algorithm = Literal["auto", "joint", "block", "hutch++", "xtrace"]
 Curvature = Literal["hessian", "ggn"]
 Array = NDArray[np.float64]
 COLUMNS = ("trace", "standard_error", "probes", "method")
@@ -43,27 +43,27 @@ class Blocks:
     """How traces of the Hessian's diagonal blocks are estimated; see `layer_traces`.
 
     Raises:
-        ValueError: if the method is unknown.
+        ValueError: if the algorithm is unknown.
     """
 
     rule: StoppingRule
-    method: Method = "auto"
+    algorithm: Algorithm = "auto"
     labels: Labels = "auto"
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {self.algorithm!r}")
 
     def weight_traces(self, measurement: Measurement) -> dict[int, LayerTrace]:
         """The trace of each layer, by its position."""
         layers = range(len(measurement.network.layers))
         with HessianProducts(measurement, self.labels, "weights", layers) as products:
-            if self.method in {"auto", "joint", "block"}:
-                return probed_traces(products, self.rule, self.method)
-            shown = track(layers, self.method, shown=measurement.progress)
+            if self.algorithm in {"auto", "joint", "block"}:
+                return probed_traces(products, self.rule, self.algorithm)
+            shown = track(layers, self.algorithm, shown=measurement.progress)
             found = measurement.ranks.shared(layers, partial(self._low_rank, products))
             return {
-                layer: LayerTrace(float(trace), float(error), int(count), self.method)
+                layer: LayerTrace(float(trace), float(error), int(count), self.algorithm)
                 for layer, (trace, error, count) in zip(shown, found, strict=True)
             }
 
@@ -71,7 +71,7 @@ class Blocks:
         """The mean of the diagonal of the block of each layer's inputs: trace over elements, a mean over samples."""
         if not layers:
             return {}
-        method = self.method if self.method in {"joint", "block"} else "auto"
+        method = self.algorithm if self.algorithm in {"joint", "block"} else "auto"
         with HessianProducts(measurement, self.labels, "inputs", layers) as products:
             return probed_traces(products, self.rule, method)
 
@@ -79,14 +79,14 @@ class Blocks:
         """(3,): trace, standard error and products of one layer."""
         measurement = products.measurement
         name = measurement.network.layers[layer].name
-        estimate = {"hutch++": hutch_plus_plus, "xtrace": xtrace}[self.method]
+        estimate = {"hutch++": hutch_plus_plus, "xtrace": xtrace}[self.algorithm]
 
         def make() -> Array:
             generator = torch.Generator().manual_seed(seed_of(measurement.seed, layer))
             found = estimate(partial(products.product, layer), products.size(layer), self.rule, generator)
             return np.array([found.trace, found.standard_error, found.products])
 
-        return measurement.pieces.get(f"{self.method} {name}", make)
+        return measurement.pieces.get(f"{self.algorithm} {name}", make)
 
 
 def layer_traces(
@@ -98,7 +98,7 @@ def layer_traces(
     probes: int = 256,
     tolerance: float = 0.05,
     absolute_tolerance: float = 0.0,
-    method: Method = "auto",
+    algorithm: Algorithm = "auto",
     curvature: Curvature = "hessian",
     labels: Labels = "auto",
     seed: int = 0,
@@ -118,7 +118,7 @@ def layer_traces(
         tolerance: relative standard error at which a layer is done; 0 takes all probes. Never the change of the running
             mean, which fires by chance.
         absolute_tolerance: added to it, in units of the trace.
-        method: for the Hessian: "joint" and "block" are Hutchinson's with one probe for all layers or one a layer,
+        algorithm: for the Hessian: "joint" and "block" are Hutchinson's with one probe for all layers or one a layer,
             "auto" the cheaper for each layer (`mpq.sensitivity.layer_probes`); "hutch++" and "xtrace" take a layer's
             block and pay where its eigenvalues decay (`mpq.sensitivity.trace_estimators`), for memory of three vectors
             of the layer's size a product.
@@ -132,7 +132,7 @@ def layer_traces(
 
     Returns:
         A frame indexed by layer with the columns `trace`, `standard_error` (over probes, the data fixed), `probes` and
-        `method`. Traces are as they are, be they negative (see `mpq.sensitivity.HessianTrace`).
+        `algorithm`. Traces are as they are, be they negative (see `mpq.sensitivity.HessianTrace`).
 
     Raises:
         ValueError: if settings, data or labels do not fit, or the model cannot be differentiated twice.
@@ -154,7 +154,7 @@ def layer_traces(
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {', '.join(get_args(Curvature))}, got {curvature!r}")
     rule = StoppingRule(probes=probes, tolerance=tolerance, absolute_tolerance=absolute_tolerance)
-    blocks = Blocks(rule=rule, method=method, labels=labels)
+    blocks = Blocks(rule=rule, algorithm=algorithm, labels=labels)
     batches = batches_of(data)
     check_weights(model, network)
     with evaluating(model):

@@ -122,7 +122,7 @@ def test_traces_are_within_their_errors(method):
     model, data = smooth(), pictures()
     network = mpq.trace(model, data[0][0])
     truth = smooth_hessian(model, data, network)
-    frame = layer_traces(model, data, network, method=method, probes=400, tolerance=0.05, seed=3, progress=False)
+    frame = layer_traces(model, data, network, algorithm=method, probes=400, tolerance=0.05, seed=3, progress=False)
     assert list(frame.index) == ["conv", "twice", "head"]
     for name, row in frame.iterrows():
         expected = float(truth[f"{name}.weight", f"{name}.weight"].trace())
@@ -257,10 +257,10 @@ def test_half_precision_is_computed_in_single_precision(dtype):
     model, data = cnn().to(dtype), [(x.to(dtype), y) for x, y in images()]
     network = mpq.trace(model, data[0][0])
     before = copy.deepcopy(model.state_dict())
-    half = layer_traces(model, data, network, method="block", tolerance=0.3, progress=False)
+    half = layer_traces(model, data, network, algorithm="block", tolerance=0.3, progress=False)
     single = copy.deepcopy(model).float()
     full = layer_traces(
-        single, [(x.float(), y) for x, y in data], network, method="block", tolerance=0.3, progress=False
+        single, [(x.float(), y) for x, y in data], network, algorithm="block", tolerance=0.3, progress=False
     )
     np.testing.assert_allclose(half["trace"], full["trace"], rtol=1e-5)
     assert all(value.dtype == dtype and torch.equal(value, before[n]) for n, value in model.state_dict().items())
@@ -288,7 +288,7 @@ def test_small_zero_and_unseen_layers_of_a_single_sample(method):
     data = [(torch.randn(1, 1).double(), torch.tensor([1]))]
     network = mpq.trace(model, data[0][0])
     truth = smooth_hessian(model, data, network)
-    frame = layer_traces(model, data, network, method=method, probes=100, progress=False)
+    frame = layer_traces(model, data, network, algorithm=method, probes=100, progress=False)
     for name, row in frame.iterrows():
         expected = float(truth[f"{name}.weight", f"{name}.weight"].trace())
         assert abs(row["trace"] - expected) <= 4 * row["standard_error"] + 1e-12, name
@@ -324,7 +324,7 @@ def test_what_cannot_be_differentiated_twice_and_what_is_not_finite_is_named():
     model = Model(lambda x: x).eval()
     network = mpq.trace(model, data[0][0])
     for settings, message in [
-        ({"method": "lanczos"}, "method must be one of auto, joint.*got 'lanczos'"),
+        ({"algorithm": "lanczos"}, "algorithm must be one of auto, joint.*got 'lanczos'"),
         ({"curvature": "fisher"}, "curvature must be one of hessian, ggn, got 'fisher'"),
         ({"labels": "modle"}, "labels must be one of auto, data, model, got 'modle'"),
         ({"probes": 1}, "probes must be a whole number"),
@@ -339,14 +339,14 @@ def test_finished_pieces_are_found_again(tmp_path, monkeypatch):
     model, data = cnn(), images()
     network = mpq.trace(model, data[0][0])
     settings = {"tolerance": 0.2, "cache": tmp_path, "progress": False}
-    frames = {m: layer_traces(model, data, network, method=m, **settings) for m in ("auto", "xtrace")}
+    frames = {m: layer_traces(model, data, network, algorithm=m, **settings) for m in ("auto", "xtrace")}
     frames["ggn"] = layer_traces(model, data, network, curvature="ggn", **settings)
     from mpq.sensitivity import gauss_newton
 
     monkeypatch.setattr(HessianProducts, "graph", None)
     monkeypatch.setattr(gauss_newton, "captures", None)
     for method in ("auto", "xtrace"):
-        assert layer_traces(model, data, network, method=method, **settings).equals(frames[method])
+        assert layer_traces(model, data, network, algorithm=method, **settings).equals(frames[method])
     assert layer_traces(model, data, network, curvature="ggn", **settings).equals(frames["ggn"])
     model.head.bias.data.add_(0.1)
     with pytest.raises(TypeError):

@@ -33,8 +33,8 @@ from mpq.tasks import Distribution
 # What is smaller than its default here, and what is tried beside the methods' defaults.
 SETTINGS = {"hessian_trace": {"probes": 12, "tolerance": 0.5}, "ggn_trace": {"draws": 3}}
 VARIANTS = {
-    "hutch++": HessianTrace(probes=12, method="hutch++"),
-    "block": HessianTrace(probes=4, method="block", tolerance=0.0),
+    "hutch++": HessianTrace(probes=12, algorithm="hutch++"),
+    "block": HessianTrace(probes=4, algorithm="block", tolerance=0.0),
     "auto": HessianTrace(probes=40, tolerance=0.04),
     "input entropy": Entropy(kind="activation"),
 }
