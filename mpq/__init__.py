@@ -20,6 +20,7 @@ from mpq.version import VERSION as _VERSION
 
 if _TYPE_CHECKING:
     from mpq.accuracy_constraint import smallest
+    from mpq.application import apply
     from mpq.comparison import compare
     from mpq.evaluator import Evaluator
     from mpq.evolution import evolve
@@ -53,6 +54,7 @@ __all__ = [
     "Plan",
     "Proof",
     "SearchSpace",
+    "apply",
     "compare",
     "evolve",
     "export",
@@ -80,6 +82,7 @@ _HOME = {
     "Plan": "plan",
     "Proof": "problem",
     "SearchSpace": "options",
+    "apply": "application",
     "compare": "comparison",
     "evolve": "evolution",
     "export": "exporting",

@@ -23,7 +23,9 @@ from mpq.exported_layers import Refusal
 from mpq.layers import Layer
 from mpq.options import Option
 from mpq.plan import Plan
+from mpq.plugins import all_names, plugin_named
 from mpq.suggestions import did_you_mean
+from mpq.torchao_application import apply_by_torchao
 
 
 def _json_text(exported: dict[str, Any]) -> str:
@@ -38,19 +40,22 @@ class ExportTarget:
         emit: the plan in the form the library reads, as plain data.
         refused: why the library cannot hold an option of a layer; None if it can.
         text: that data as the file the library reads.
+        apply: quantises a model in place as the plan says, by the library itself, and checks what came out; None where
+            only the library's own tools do that. See `mpq.application.apply`.
     """
 
     emit: Callable[..., dict[str, Any]]
     refused: Refusal
     text: Callable[[dict[str, Any]], str] = _json_text
+    apply: Callable[..., None] | None = None
 
 
 def _takes_all(layer: Layer, option: Option) -> str | None:
     return None
 
 
-_TARGETS = {
-    "torchao": ExportTarget(emit=to_torchao, refused=refused_by_torchao),
+TARGETS = {
+    "torchao": ExportTarget(emit=to_torchao, refused=refused_by_torchao, apply=apply_by_torchao),
     "llama.cpp": ExportTarget(emit=to_llama_cpp, refused=refused_by_llama_cpp, text=tensor_type_file),
     "onnxruntime": ExportTarget(emit=to_onnxruntime, refused=refused_by_onnxruntime),
     "autoround": ExportTarget(emit=to_autoround, refused=refused_by_autoround),
@@ -64,8 +69,8 @@ _TARGETS = {
 
 
 def targets() -> list[str]:
-    """Names of the libraries a plan can be exported to."""
-    return list(_TARGETS)
+    """Names of the libraries a plan can be exported to; ours first, then those of other packages (`mpq.plugins`)."""
+    return all_names("mpq.exporters", TARGETS)
 
 
 def export(plan: Plan, target: str, **settings: Any) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def export(plan: Plan, target: str, **settings: Any) -> dict[str, Any]:
     Raises:
         ValueError: if the target is unknown, or cannot hold a format of the plan; nothing is mapped silently.
     """
-    return _target(target).emit(plan, **settings)
+    return target_named(target).emit(plan, **settings)
 
 
 def write_export(plan: Plan, target: str, path: str | Path, **settings: Any) -> None:
@@ -101,7 +106,7 @@ def export_text(plan: Plan, target: str, **settings: Any) -> str:
     Raises:
         ValueError: as `export`.
     """
-    return _target(target).text(export(plan, target, **settings))
+    return target_named(target).text(export(plan, target, **settings))
 
 
 def refusal(target: str, layer: Layer, option: Option | str) -> str | None:
@@ -115,10 +120,18 @@ def refusal(target: str, layer: Layer, option: Option | str) -> str | None:
         >>> refusal("llama.cpp", fc, "q8_0"), refusal("hawq", fc, "int4"), refusal("quanto", fc, "uint4@group32")
         (None, None, "its groups in 'fc' are @channel: write uint4@channel")
     """
-    return _target(target).refused(layer, Option.parse(option))
+    return target_named(target).refused(layer, Option.parse(option))
 
 
-def _target(name: str) -> ExportTarget:
-    if name not in _TARGETS:
-        raise ValueError(f"export target {name!r} is not known{did_you_mean(name, _TARGETS)}")
-    return _TARGETS[name]
+def target_named(name: str) -> ExportTarget:
+    """The export target of a name: ours, or one that another package adds (`mpq.plugins`).
+
+    Raises:
+        ValueError: if the name is unknown or of two packages, or what the other package has cannot be loaded.
+    """
+    if plugin := plugin_named("mpq.exporters", name, TARGETS):
+        loaded: ExportTarget = plugin.load()
+        return loaded
+    if name not in TARGETS:
+        raise ValueError(f"export target {name!r} is not known{did_you_mean(name, targets())}")
+    return TARGETS[name]

@@ -3,6 +3,8 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from mpq.plugins import all_names as _all_names
+
 if _TYPE_CHECKING:
     from .additivity import Agreement, agreement
     from .channel_salience import ChannelSalience
@@ -115,8 +117,8 @@ _HOME = {
 
 
 def available() -> list[str]:
-    """Names of the methods, for `method=` and `sensitivity=`."""
-    return list(METHODS)
+    """Names of the methods, for `method=` and `sensitivity=`; ours first, then those of other packages."""
+    return _all_names("mpq.estimators", METHODS)
 
 
 def __getattr__(name: str) -> object:

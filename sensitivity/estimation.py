@@ -14,6 +14,7 @@ from mpq.batches import batches_of, samples_in
 from mpq.cache import ADDRESS, Pieces, description, fingerprint_of, pieces_in
 from mpq.layers import Network
 from mpq.options import SearchSpace
+from mpq.plugins import plugin_named
 from mpq.quantizer import Quantizer, RoundToNearest
 from mpq.ranks import Ranks
 from mpq.suggestions import did_you_mean
@@ -21,7 +22,7 @@ from mpq.surgery import evaluating
 from mpq.task_choice import choose_task
 from mpq.tasks import LossFunction, Task
 
-from . import METHODS
+from . import METHODS, available
 from .measurement import Estimator, Measurement, Scores, check_ranks, check_weights
 from .method_choice import MethodChoice, choose_method
 from .one_pass import OnePassEstimator, run_together
@@ -245,10 +246,14 @@ def _estimator(method: str | Estimator, settings: dict[str, Any], default: Calla
         return method
     if method == "auto":
         return default().estimator
-    if method not in METHODS:
-        raise ValueError(f"sensitivity method {method!r} is not known{did_you_mean(method, [*METHODS, 'auto'])}")
-    module, name = METHODS[method]
+    plugin = plugin_named("mpq.estimators", method, METHODS)
+    if plugin is None and method not in METHODS:
+        raise ValueError(f"sensitivity method {method!r} is not known{did_you_mean(method, [*available(), 'auto'])}")
     try:
+        if plugin is not None:
+            made: Estimator = plugin.make(settings)
+            return made
+        module, name = METHODS[method]
         estimator: Estimator = getattr(import_module(f"mpq.sensitivity.{module}"), name)(**settings)
     except TypeError as error:
         raise ValueError(f"settings of {method} must be its fields: {error}") from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from mpq.plugins import all_names, plugin_named
 from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof
 from mpq.suggestions import did_you_mean
 
@@ -67,8 +68,8 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 
 
 def available() -> list[str]:
-    """Names of the solvers, for `solver=`."""
-    return list(SOLVERS)
+    """Names of the solvers, for `solver=`; ours first, then those of other packages (`mpq.plugins`)."""
+    return all_names("mpq.solvers", SOLVERS)
 
 
 def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings: float | str) -> Allocation:
@@ -84,7 +85,7 @@ def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings:
 
     Raises:
         InfeasibleError: if no plan meets all budgets.
-        ValueError: for a name that is not known, or a solver that does not take this problem.
+        ValueError: for a name that is not known or of two packages, or a solver that does not take this problem.
         TypeError: for settings beside a solver object, or settings that the solver does not have.
 
     Example:
@@ -97,6 +98,9 @@ def solve(problem: AllocationProblem, solver: str | Solver = "auto", **settings:
         if settings:
             raise TypeError(f"settings go with a solver's name, got {settings} beside {solver!r}")
         return solver.solve(problem)
+    if plugin := plugin_named("mpq.solvers", solver, SOLVERS):
+        answer: Allocation = plugin.make(settings).solve(problem)
+        return answer
     if solver not in SOLVERS:
-        raise ValueError(f"there is no solver {solver!r}{did_you_mean(solver, SOLVERS)}")
+        raise ValueError(f"there is no solver {solver!r}{did_you_mean(solver, available())}")
     return SOLVERS[solver](**settings).solve(problem)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_problems import KINDS, by_loops, close, hard_problem, random_problem
 from test_lagrangian import units
-from test_solvers import SolverContract, answer, check_monotone
+from test_solvers import check_monotone
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import KINDS, by_loops, close, hard_problem, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import auto
 from mpq.solvers.auto import AutoSolver
 from mpq.solvers.core_search import Effort, search
@@ -23,13 +24,18 @@ from mpq.solvers.reduction import merge
 SUMS = ("ties", "forbidden", "negative", "whole", "norm")
 
 
-class TestAuto(SolverContract):
-    solver = AutoSolver()
+class TestAuto(SolverConformance):
+    @pytest.fixture
+    def solver(self):
+        return AutoSolver()
 
 
-class TestAutoExactly(SolverContract):
-    solver = AutoSolver(gap=0.0)
+class TestAutoExactly(SolverConformance):
     seeds = range(20)
+
+    @pytest.fixture
+    def solver(self):
+        return AutoSolver(gap=0.0)
 
 
 def compare(problem):

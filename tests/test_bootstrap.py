@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_problems import by_loops, close, random_problem
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import by_loops, close, random_problem
 from mpq.solvers import ExhaustiveSolver, GreedySolver
 from mpq.solvers.bootstrap import near_optimal_plans
 

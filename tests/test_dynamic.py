@@ -1,15 +1,12 @@
 """Dynamic programming: equal to enumeration on everything it takes, to the integer program on larger problems."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from random_problems import close, random_problem
-from test_solvers import SolverContract, answer, check_monotone
+from test_solvers import check_monotone
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import close, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import ExhaustiveSolver, ILPSolver, dominance
 from mpq.solvers.dominance import nondominated, staircase
 from mpq.solvers.dynamic import DynamicSolver
@@ -17,21 +14,12 @@ from mpq.solvers.dynamic import DynamicSolver
 TAKEN = ("ties", "forbidden", "pairs", "transitions", "negative", "whole", "norm")
 
 
-class TestDynamic(SolverContract):
-    solver = DynamicSolver()
+class TestDynamic(SolverConformance):
+    budgets = 1
 
-    def problems(self, **how):
-        return (random_problem(seed, kinds=self.kinds, budgets=1, **how) for seed in self.seeds)
-
-    def test_another_process_gives_the_same_answer(self):
-        code = "import test_dynamic as t; print(*t.answers(), sep='\\n')"
-        environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.path.dirname(__file__)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines() == answers()
-
-
-def answers():
-    return [str(answer(DynamicSolver(), random_problem(seed, kinds=TAKEN[:2], budgets=1))) for seed in range(30)]
+    @pytest.fixture
+    def solver(self):
+        return DynamicSolver()
 
 
 def closes_a_circle(problem):

@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from random_problems import KINDS, close, random_problem
 from test_reference_hawq import PUBLISHED, REFERENCE, resnet18, whole_costs
-from test_solvers import SolverContract, answer
 
 from mpq.problem import AllocationProblem, InfeasibleError, SparsePeak
+from mpq.random_problems import KINDS, close, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import EvolutionSolver, ExhaustiveSolver, ILPSolver, evolve, pareto_frontier
 from mpq.solvers.breeding import Breeding
 from mpq.solvers.budget_repair import BudgetRepair
@@ -19,8 +19,10 @@ from mpq.solvers.ordinal_genes import OrdinalGenes
 from mpq.solvers.reduction import merge
 
 
-class TestEvolution(SolverContract):
-    solver = EvolutionSolver()
+class TestEvolution(SolverConformance):
+    @pytest.fixture
+    def solver(self):
+        return EvolutionSolver()
 
 
 def layered(layers=30, options=5, budgets=1, seed=0, share=0.3):

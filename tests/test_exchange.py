@@ -3,8 +3,8 @@
 import itertools
 
 import numpy as np
-from random_problems import random_problem
 
+from mpq.random_problems import random_problem
 from mpq.solvers.exchange import improve
 from mpq.solvers.reduction import merge
 

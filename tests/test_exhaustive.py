@@ -1,14 +1,18 @@
 """The reference of the other solvers, held to plain loops itself."""
 
-from random_problems import KINDS, by_loops, close, random_problem
-from test_solvers import SolverContract, answer, check_monotone
+import pytest
+from test_solvers import check_monotone
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import KINDS, by_loops, close, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import ExhaustiveSolver, exhaustive
 
 
-class TestExhaustive(SolverContract):
-    solver = ExhaustiveSolver()
+class TestExhaustive(SolverConformance):
+    @pytest.fixture
+    def solver(self):
+        return ExhaustiveSolver()
 
 
 def test_equals_plain_loops_for_every_kind_of_problem():

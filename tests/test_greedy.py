@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_problems import close, random_problem
-from test_solvers import SolverContract, answer
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import close, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import ExhaustiveSolver, GreedySolver, ILPSolver
 from mpq.solvers.descent import _hull_path, descend
 from mpq.solvers.reduction import merge
@@ -17,8 +17,10 @@ from mpq.solvers.reduction import merge
 TAKEN = ("ties", "forbidden", "negative", "whole", "norm")
 
 
-class TestGreedy(SolverContract):
-    solver = GreedySolver()
+class TestGreedy(SolverConformance):
+    @pytest.fixture
+    def solver(self):
+        return GreedySolver()
 
 
 @pytest.mark.parametrize("wide", [False, True])

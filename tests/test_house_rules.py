@@ -22,17 +22,21 @@ FOLDERS = ("mpq", *PLUGINS)
 
 # What is no noun in mpq/: the verbs and what the command line is made of. Plug-ins import none of it.
 VERBS = (
-    r"__init__|__main__|pipeline|planning|verification(_report)?|export(ing|_.*)|reporting|inspection|model_source|terminal"
-    r"|device_commands|table_commands|table_report|evolution|studies|sampler_mirror|refinement|refine_commands"
-    r"|evaluator|measured_search|accuracy_constraint|importing|import_.*|comparison"
+    r"__init__|__main__|pipeline|planning|verification(_report)?|export(ing|_.*)|report(ing|_.*)|inspection|model_source|terminal"
+    r"|conformance|\w+_conformance|(torchao_)?application|random_problems"
+    r"|\w+_commands|command_\w+|completers|config_file|json_answers|table_contents|table_report"
+    r"|evolution|studies|sampler_mirror|refinement"
+    r"|evaluator|measured_search|shared_evaluator|layer_levels|kept_weights"
+    r"|accuracy_constraint|pricing|checkpoint_search|importing|import_.*|comparison"
 )
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
     *("activation_ranges", "adaquant", "adjustment", "batch_norm_tuning", "bias_correction", "gptq"),
     *("attention_formats", "evaluator", "layer_norm_scales"),
+    *("estimator_conformance",),
     *("activations", "batches", "binary_coding", "cache", "calls", "dataflow", "demo", "demo_training"),
-    *("fake_quantize", "gguf_blocks", "grids", "parameters", "quantizer", "rounding", "surgery", "task_choice"),
-    *("output_figures", "tasks", "tracing", "verification", "weight_view"),
+    *("fake_quantize", "gguf_blocks", "grids", "parameters", "quantizer", "rounding", "stored_weights", "surgery"),
+    *("task_choice", "output_figures", "tasks", "tracing", "verification", "weight_view"),
 }
 HEAVY = {"torch", "pulp", "optuna", "pandas", "matplotlib", "plotly", "scipy", "rich", "pyarrow"}
 PRINTING_FILES = {"mpq/__main__.py", "mpq/terminal.py", "mpq/demo_training.py"}

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_problems import KINDS, close, hard_problem, random_problem
-from test_solvers import SolverContract, answer, check_monotone
+from test_solvers import check_monotone
 
 from mpq.problem import AllocationProblem, InfeasibleError, SparsePeak
+from mpq.random_problems import KINDS, close, hard_problem, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import ExhaustiveSolver, ILPSolver, narrowing, pulp_adapter
 from mpq.solvers.pulp_adapter import Answer
 
 
-class TestILP(SolverContract):
-    solver = ILPSolver()
+class TestILP(SolverConformance):
     kinds = ("ties", "forbidden", "negative", "whole", "norm")
     seeds = range(25)
+
+    @pytest.fixture
+    def solver(self):
+        return ILPSolver()
 
 
 def check_like_enumeration(problem):

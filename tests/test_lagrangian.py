@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pulp
 import pytest
-from random_problems import by_loops, close, random_problem
-from test_solvers import SolverContract, answer
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import by_loops, close, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import lagrangian_dual, pulp_adapter
 from mpq.solvers.exhaustive import ExhaustiveSolver
 from mpq.solvers.lagrangian import LagrangianSolver
@@ -19,8 +19,10 @@ from mpq.solvers.reduction import merge
 TAKEN = ("ties", "forbidden", "negative", "whole", "norm")
 
 
-class TestLagrangian(SolverContract):
-    solver = LagrangianSolver()
+class TestLagrangian(SolverConformance):
+    @pytest.fixture
+    def solver(self):
+        return LagrangianSolver()
 
 
 def units(count, options=4, budgets=1, seed=0, tightness=0.4):

@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from random_problems import random_problem
 
 from mpq.problem import AllocationProblem
+from mpq.random_problems import random_problem
 from mpq.solvers.linear_program import ROOM, SCALE, linear_program
 from mpq.solvers.reduction import merge
 

@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from random_problems import close, random_problem
 from test_dynamic import closes_a_circle, knapsack
-from test_solvers import scaled
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import close, random_problem
+from mpq.solver_conformance import scaled
 from mpq.solvers import ILPSolver, bands, pruning
 from mpq.solvers.pareto import pareto_frontier
 from mpq.solvers.thinning import distinct_points

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from random_problems import random_problem
 
 from mpq.problem import Allocation, AllocationProblem, InfeasibleError, Proof, SparsePeak
+from mpq.random_problems import random_problem
 
 LABELS = {"layers": ("stem", "head"), "options": ("int4", "int8")}
 SMALL = {

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_problems import close, random_problem
-from test_solvers import SolverContract, answer
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import close, random_problem
+from mpq.solver_conformance import SolverConformance, answer
 from mpq.solvers import ExhaustiveSolver, ILPSolver, tabu
 from mpq.solvers.budget_prices import budget_prices
 from mpq.solvers.exchange import improve
@@ -20,9 +20,12 @@ from mpq.solvers.tabu import Effort, _best_double, _rows, _Walk, tabu_search
 TAKEN = ("ties", "forbidden", "pairs", "transitions", "max_formats", "format_costs", "peaks", "negative", "whole")
 
 
-class TestQuadratic(SolverContract):
-    solver = QuadraticSolver(iterations=50)
+class TestQuadratic(SolverConformance):
     seeds = range(8)
+
+    @pytest.fixture
+    def solver(self):
+        return QuadraticSolver(iterations=50)
 
 
 def interacting(layers, options, *, seed=0, strength=0.1, reach=None):

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from random_problems import close, hard_problem, random_problem
-from test_solvers import answer, scaled
 
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.random_problems import close, hard_problem, random_problem
+from mpq.solver_conformance import answer, scaled
 from mpq.solvers import ILPSolver, crowd, plan_enumeration
 from mpq.solvers.narrowing import Outcome
 from mpq.solvers.ranked_plans import k_best

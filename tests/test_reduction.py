@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from random_problems import by_loops, close, random_problem
 
 from mpq.problem import AllocationProblem
+from mpq.random_problems import by_loops, close, random_problem
 from mpq.solvers.cover_cut import cover_cut
 from mpq.solvers.reduction import merge
 

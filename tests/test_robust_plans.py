@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from random_problems import close, random_problem
 
 from mpq.problem import AllocationProblem, InfeasibleError, Proof
+from mpq.random_problems import close, random_problem
 from mpq.solvers import ExhaustiveSolver, GreedySolver, ILPSolver
 from mpq.solvers.robust_plans import robust, with_residuals, worst_case
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import mpq
+from mpq.estimator_conformance import state_of
 from mpq.options import SearchSpace
 from mpq.sensitivity import available, estimate
 
@@ -63,28 +64,6 @@ def data(samples: int = 3, batches: int = 2, dtype: torch.dtype = torch.float32)
     ]
 
 
-def hooks_of(module: nn.Module) -> list[int]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [len(getattr(module, kind)) for kind in kinds]
-
-
-def state_of(model: nn.Module) -> dict[str, object]:
-    """All that must come back, in a form that compares."""
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    return {
-        "values": [(tensor.data_ptr(), tensor.dtype, tensor.tolist()) for tensor in tensors],
-        "gradients": [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()],
-        "asks": [p.requires_grad for p in model.parameters()],
-        "hooks": [hooks_of(module) for module in model.modules()],
-        "tensor hooks": [len(p._backward_hooks or ()) for p in model.parameters()],
-        "post hooks": [len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) for p in model.parameters()],
-        "training": [module.training for module in model.modules()],
-        "random": torch.get_rng_state().tolist(),
-        "forwards": ["forward" in vars(module) for module in model.modules()],
-        "grad mode": torch.is_grad_enabled(),
-    }
-
-
 def scored(method: str, model: nn.Module, batches: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
     """(layers, options) scores; the model must come back as it was, whatever happens."""
     network = mpq.trace(model, batches[0][0])
@@ -104,16 +83,6 @@ def scored(method: str, model: nn.Module, batches: list[tuple[torch.Tensor, ...]
 
 @pytest.mark.parametrize("method", available())
 class TestEveryMethod:
-    def test_a_model_in_training_comes_back_as_it_was(self, method):
-        model = made().train()
-        model.norm.eval()
-        model.second.weight.requires_grad_(False)
-        model(data()[0][0]).sum().backward()
-        model.first.register_forward_hook(lambda *_: None)
-        torch.manual_seed(7)
-        in_training = scored(method, model, data())
-        np.testing.assert_array_equal(in_training, scored(method, model.eval(), data()))
-
     def test_a_gradient_that_is_not_finite_names_the_layer(self, method):
         if method in GRADIENTS | {"hessian_trace", "lrp"}:
             with pytest.raises(ValueError, match=r"layer 'first'.*(finite|NaN or infinity)"):

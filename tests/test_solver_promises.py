@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_problems import by_loops, close
-from test_solvers import answer
 
 from mpq.problem import AllocationProblem, InfeasibleError, SparsePeak
+from mpq.random_problems import by_loops, close
+from mpq.solver_conformance import answer
 from mpq.solvers import SOLVERS, DynamicSolver, solve
 
 EXAMPLES = int(os.environ.get("MPQ_EXAMPLES", "60"))

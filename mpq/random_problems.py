@@ -1,10 +1,15 @@
-"""Small random problems of every kind, and what they come to by plain loops."""
+"""Small random problems of every kind, and what they come to by plain loops: what solvers are tested against."""
+
+from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from mpq.arrays import FloatArray
 from mpq.problem import AllocationProblem, InfeasibleError, SparsePeak
 
 KINDS = (
@@ -21,10 +26,20 @@ KINDS = (
 )
 
 
-def random_problem(seed, *, kinds=None, wide=False, budgets=None):
-    """A problem of up to 5 layers and 4 options; ``wide`` lets scores span 12 decades and resources 6.
+def random_problem(
+    seed: int, *, kinds: Sequence[str] | None = None, wide: bool = False, budgets: int | None = None
+) -> AllocationProblem:
+    """A problem of up to 5 layers and 4 options.
 
-    ``kinds`` are the features that may be drawn, each with probability 0.3; all by default.
+    Args:
+        seed: of everything drawn.
+        kinds: those of `KINDS` that may be drawn, each with probability 0.3; all by default.
+        wide: scores span 12 decades and resources 6.
+        budgets: how many; one to three by default.
+
+    Example:
+        >>> random_problem(3, kinds=("ties",), budgets=1)
+        AllocationProblem(3 layers, 2 options, budgets: size <= 3.28268)
     """
     rng = np.random.default_rng(seed)
     drawn = {kind for kind in KINDS if rng.random() < 0.3}
@@ -35,7 +50,7 @@ def random_problem(seed, *, kinds=None, wide=False, budgets=None):
     resources = {name: _amounts(rng, shape, drawn, wide) for name in names}
     if "negative" in drawn:
         resources[names[0]] = resources[names[0]] - 3
-    problem = {
+    problem: dict[str, Any] = {
         "objective": objective,
         "norm": norm,
         "resources": resources,
@@ -57,7 +72,7 @@ def random_problem(seed, *, kinds=None, wide=False, budgets=None):
         return random_problem(seed + 1_000_003, kinds=kinds, wide=wide, budgets=budgets)
 
 
-def _scores(rng, shape, drawn, wide):
+def _scores(rng: np.random.Generator, shape: tuple[int, int], drawn: set[str], wide: bool) -> tuple[FloatArray, float]:
     scores = 10.0 ** rng.uniform(-6, 6, shape) if wide else rng.uniform(0, 10, shape)
     if "whole" in drawn:
         scores = np.floor(scores)
@@ -73,26 +88,28 @@ def _scores(rng, shape, drawn, wide):
     return scores, norm
 
 
-def _amounts(rng, shape, drawn, wide):
+def _amounts(rng: np.random.Generator, shape: tuple[int, int], drawn: set[str], wide: bool) -> FloatArray:
     if "whole" in drawn:
         return rng.integers(0, 10, shape).astype(float)
     return rng.uniform(0, 1, shape) * (10.0 ** rng.uniform(-3, 3, shape) if wide else 1.0)
 
 
-def _ties(rng, shape):
+def _ties(rng: np.random.Generator, shape: tuple[int, int]) -> list[tuple[int, ...]]:
     if shape[0] == 1:
         return []
     return [tuple(rng.choice(shape[0], 2, replace=False).tolist()) for _ in range(int(rng.integers(1, 3)))]
 
 
-def _blocks(rng, shape, count, *, signed=False):
+def _blocks(
+    rng: np.random.Generator, shape: tuple[int, int], count: int, *, signed: bool = False
+) -> dict[tuple[int, ...], FloatArray]:
     if shape[0] == 1:
         return {}
     keys = [tuple(rng.choice(shape[0], 2, replace=False).tolist()) for _ in range(count)]
     return {key: rng.uniform(-3 if signed else 0, 3, (shape[1], shape[1])) for key in keys}
 
 
-def _budgets(rng, problem, drawn):
+def _budgets(rng: np.random.Generator, problem: dict[str, Any], drawn: set[str]) -> dict[str, float]:
     allowed, tight = np.isfinite(problem["objective"]), rng.uniform(-0.05, 1.0)
     budgets = {}
     for name, table in problem["resources"].items():
@@ -105,7 +122,7 @@ def _budgets(rng, problem, drawn):
     return budgets
 
 
-def by_loops(problem):
+def by_loops(problem: AllocationProblem) -> tuple[float | None, dict[str, float]]:
     """Least objective (None: no plan), and the least usage of every budget with the others in force, or else alone."""
     layers, options = problem.objective.shape
     names = [*problem.budgets, *problem.peak_budgets]
@@ -128,12 +145,12 @@ def by_loops(problem):
     return best, {name: together[name] if together[name] < math.inf else alone[name] for name in names}
 
 
-def close(value, reference):
+def close(value: float, reference: float) -> bool:
     """Equal to 1e-9, the relative tolerance of every promise."""
     return abs(value - reference) <= 1e-9 * max(abs(reference), 1e-12)
 
 
-def hard_problem(layers=60, options=6, seed=0):
+def hard_problem(layers: int = 60, options: int = 6, seed: int = 0) -> AllocationProblem:
     """Strongly correlated, three budgets: an integer program that takes thousands of nodes."""
     rng = np.random.default_rng(seed)
     weight = np.sort(rng.integers(1000, 100_000, (layers, options)).astype(float), axis=1)
@@ -142,5 +159,5 @@ def hard_problem(layers=60, options=6, seed=0):
         name: float(table.min(1).sum() + 0.4 * (table.max(1).sum() - table.min(1).sum()))
         for name, table in resources.items()
     }
-    objective = -(weight + 1000 * rng.integers(0, 3, weight.shape))
+    objective = -(weight + 1000.0 * rng.integers(0, 3, weight.shape))
     return AllocationProblem(objective=objective, resources=resources, budgets=budgets)
