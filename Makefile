@@ -1,10 +1,11 @@
 # make demo: set up and run the main job. make test: set up and pass the tests. make check: everything CI holds us to.
+# make docs: build the documentation. make notebooks: render notebooks/ into docs/notebooks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint check format clean
+.PHONY: venv demo test lint check docs notebooks format clean
 
 venv: $(STAMP)
 
@@ -27,9 +28,17 @@ lint: venv
 
 check: lint test
 
+docs: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -q -W docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+notebooks: venv
+	$(BIN)/python docs/render_notebooks.py
+
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info

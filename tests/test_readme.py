@@ -1,10 +1,10 @@
 """What the README shows works as written."""
 
-import re
 import shlex
 from pathlib import Path
 
 from click.testing import CliRunner
+from documented_code import blocks
 
 from mpq import demo
 from mpq.__main__ import main
@@ -22,7 +22,7 @@ def test_the_python_blocks_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     digits = demo.digits()
     names = {"model": demo.cnn(), "data": digits.calibration, "heldout": digits.holdout, "x": digits.holdout[0][0]}
-    block, solving, measured = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, solving, measured = blocks(README, "python")
     without_export, export = block.split("mpq.export")
     exec(compile(without_export, "README.md", "exec"), names)
     assert "uniform int4" in capsys.readouterr().out
