@@ -34,7 +34,7 @@ docs: venv
 	@echo "open docs/_build/html/index.html"
 
 notebooks: venv
-	$(BIN)/python docs/render_notebooks.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/render_notebooks.py
 
 format: venv
 	$(BIN)/ruff check --fix .

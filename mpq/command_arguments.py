@@ -13,7 +13,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL_HELP = (
     "MODEL is `demo`, `demo-transformer`, FILE.py:function (returns model, data, optionally task and held-out data), "
-    "or a transformers folder (with --data TEXT)."
+    "or a transformers folder (with --data TEXT; without, only the weights of its .safetensors are read, in parts)."
 )
 RUN = ("hardware", "batch", "phase", "context", "bops", "target")
 _FORMS = {"budget": "NAME=LIMIT", "name": "LAYER=THEIRS", "pin": "PATTERN=OPTION", "format-cost": "OPTION=COST"}
@@ -106,7 +106,7 @@ def space_options(command: Command) -> Command:
             metavar="UNITS",
             default="layer",
             show_default=True,
-            help="What takes an option: layer, rows:16, groups:64.",
+            help="What takes an option: layer, experts, rows:16, groups:64.",
             shell_complete=completers.granularity,
         ),
     )

@@ -31,7 +31,8 @@ class Fisher(OnePassEstimator):
 
     When to use: language models, where single measured differences drown in noise, and units down to groups of weights:
     on one of 135 million weights at 4 bits, groups of 64 that take their own width halved the divergence of whole
-    untied layers that do (measured: .140 against .276 nats; sensitivity/README.md). When not: on small nets, where measuring is affordable.
+    untied layers that do (measured: .140 against .276 nats; sensitivity/README.md). When not: on small nets, where
+    measuring is affordable.
 
     Args:
         labels: "model" (true Fisher), "data" (empirical), or "auto", the data's where it has labels.

@@ -11,7 +11,7 @@ from .gradient_pass import Labels, check_labels
 from .measurement import Measurement, Scores
 from .trace_estimators import StoppingRule
 from .trace_scores import AverageTraces, quantised_inputs, trace_scores
-from .traces import Blocks, Algorithm
+from .traces import Algorithm, Blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,3 +145,16 @@ def test_what_can_be_reached_is_told_from_the_budget():
 def test_a_table_without_layers_makes_no_plan():
     with pytest.raises(ValueError, match="no layers to make a plan for"):
         solve_table(coupled_table(), {"size": 20.0})
+
+
+def test_a_frontier_of_two_resources_has_every_plan_that_no_other_beats_in_all_three():
+    table = coupled_table(pairs={}, transitions={"latency": {}})
+    front = table.pareto(["size", "latency"])
+    assert front.names == ("size", "latency")
+    plans = [
+        tuple(by_loops(table, plan)[name] for name in ("size", "latency", "sensitivity"))
+        for plan in itertools.product(range(2), repeat=3)
+    ]
+    best = {p for p in plans if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in plans)}
+    found = np.column_stack([front.resource, front.objective])
+    np.testing.assert_allclose(found[np.lexsort(found.T[::-1])], sorted(best))

@@ -80,7 +80,9 @@ def main(model: str, tolerance: float, rival_probes: int, probes: int, methods: 
     click.echo("\n| method | CPU s | products, layers' sum | mean a layer | worst layer | methods chosen |")
     click.echo("|---|---|---|---|---|---|")
     for method in methods.split(","):
-        spent, frame = cpu_seconds(lambda method=method: layer_traces(net, batch, network, algorithm=method, **settings))
+        spent, frame = cpu_seconds(
+            lambda method=method: layer_traces(net, batch, network, algorithm=method, **settings)
+        )
         worst = (frame["standard_error"] / frame["trace"].abs()).max()
         chosen = ", ".join(f"{count} {name}" for name, count in frame["method"].value_counts().items())
         counts = frame["probes"]
