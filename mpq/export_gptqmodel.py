@@ -24,8 +24,16 @@ def to_gptqmodel(plan: Plan) -> dict[str, Any]:
     """The plan for `gptqmodel.QuantizeConfig(**plan)`.
 
     ``bits``, ``group_size`` and ``sym`` are those most weights take. ``dynamic`` has ``+:^module$`` for the others and
-    ``-:^module$``, which GPTQModel leaves as they are, for layers in a float format. GPTQ's rounding is trained on
-    calibration data, so the simulation is an upper estimate of its error. Checked with GPTQModel 7.7.
+    ``-:^module$``, which GPTQModel leaves as they are, for layers in a float format. ``act_group_aware``, its order of
+    columns, is on by default there and refuses a scale a channel, so it is said for each: on for groups alone.
+
+    Its files have, beside what a plan counts, 4 bytes an input of each layer and, for int, a zero point as wide as a
+    value beside each scale: 0.8 % more in int4@group128, 2.8 % in int4@group32. GPTQ chooses codes by calibration data,
+    so its weights are not those simulated.
+
+    Checked with GPTQModel 7.7.0 on CPU, a random Llama of two layers in int2, int3, int4, uint4 and uint8: bits, groups
+    and bytes of every packed layer, layers left in fp32, and the reloaded model, whose outputs on fresh data are those
+    of the unpacked weights to 1 % and closer to the exact model's than the simulation's.
 
     Raises:
         ValueError: if a layer is split, no linear layer, has a format that GPTQModel lacks, or no layer is quantised.
@@ -59,5 +67,6 @@ def refused_by_gptqmodel(layer: Layer, option: Option) -> str | None:
 
 
 def _fields(option: Option) -> dict[str, Any]:
-    weight = weight_format(option)
-    return {"bits": weight.bits, "group_size": group_size(option), "sym": isinstance(weight, Integer)}
+    weight, size = weight_format(option), group_size(option)
+    symmetric = isinstance(weight, Integer)
+    return {"bits": weight.bits, "group_size": size, "sym": symmetric, "act_group_aware": size > 0}

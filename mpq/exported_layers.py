@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from mpq.formats import Float, Integer, UnsignedInteger
 from mpq.granularity import MINMAX
 from mpq.layers import Layer
 from mpq.options import Option
-from mpq.plan import Plan, weight_format
+from mpq.plan import Entry, Plan, weight_format
+
+_EXPERT_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
+    "gate_proj": ("gate_proj", "w1"),
+    "up_proj": ("up_proj", "w3"),
+    "down_proj": ("down_proj", "w2"),
+}
 
 Refusal = Callable[[Layer, Option], str | None]
 """Why a target cannot hold an option of a layer, None if it can."""
@@ -27,13 +35,22 @@ def taken_layers(plan: Plan, target: str, refused: Refusal) -> list[tuple[Layer,
     """
     taken = []
     for entry in plan.entries:
-        if not isinstance(entry.choice, Option):
+        choice = _whole(entry)
+        if choice is None:
             raise ValueError(f"{target} takes one format a layer, {entry.layer.name!r} is split: {entry.choice}")
-        reason = refused(entry.layer, entry.choice)
+        reason = refused(entry.layer, choice)
         if reason is not None:
-            raise ValueError(f"{target} cannot hold {entry.choice} ({entry.layer.name!r}): {reason}")
-        taken.append((entry.layer, entry.choice))
+            raise ValueError(f"{target} cannot hold {choice} ({entry.layer.name!r}): {reason}")
+        taken.append((entry.layer, choice))
     return taken
+
+
+def _whole(entry: Entry) -> Option | None:
+    """The option of a layer all of which takes the same; rows and experts are stored as those of a whole layer."""
+    if isinstance(entry.choice, Option):
+        return entry.choice
+    groups = entry.choice.granularity.startswith("groups")
+    return None if groups or len(entry.options) > 1 else entry.options[0]
 
 
 def is_unquantised(option: Option) -> bool:
@@ -66,7 +83,7 @@ def integer_refusal(layer: Layer, option: Option, bits: tuple[int, ...], what: s
     """
     weight = weight_format(option)
     if not isinstance(weight, Integer | UnsignedInteger) or weight.bits not in bits:
-        return f"it has {what}"
+        return what
     if weight.range != MINMAX:
         return f"it scales weights by their range, not @{weight.range}"
     size, columns = group_size(option), layer.parameters // layer.weight_shape[0]
@@ -82,6 +99,23 @@ def module_refusal(layer: Layer, kinds: tuple[str, ...] = ("linear",)) -> str | 
     if layer.kind not in kinds:
         return f"it quantises {' and '.join(kinds)} layers, {layer.name!r} is {_a(layer.kind)}: pin it to fp32"
     return None
+
+
+def expert_modules(layer: Layer) -> str | None:
+    r"""A regular expression of the modules that a stack of experts becomes where they are linears of their own.
+
+    None for what is no stack, or one whose name tells no part. Files of Mixtral say w1, w2 and w3.
+
+    Example:
+        >>> stack = Layer("mlp.experts.down_proj", "experts", (64, 32), 2048, 0, (1,), (1,), experts=4)
+        >>> expert_modules(stack)
+        'mlp\\.experts\\.\\d+\\.(down_proj|w2)'
+    """
+    parent, _, leaf = layer.name.rpartition(".")
+    if layer.kind != "experts" or leaf not in _EXPERT_PARTS:
+        return None
+    path = re.escape(parent).replace(r"\.mlp\.experts", r"\.(mlp|block_sparse_moe)\.experts")
+    return rf"{path}\.\d+\.({'|'.join(_EXPERT_PARTS[leaf])})"
 
 
 def module_names(layer: Layer) -> list[str]:

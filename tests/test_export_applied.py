@@ -1,8 +1,10 @@
 """Plans applied by the libraries themselves, each where it is installed: what comes out has the planned bits."""
 
+import json
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +47,44 @@ def skeleton():
         linear.weight.data.copy_(weight(layer))
         parent.add_module(leaf, linear)
     return model.eval()
+
+
+def llama(folder, dtype):
+    """A random Llama of two blocks, saved with a tokenizer of its 256 tokens; the model and its layers."""
+    transformers = library("transformers")
+    from tokenizers import Tokenizer, models
+
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.data.mul_(5)  # blocks that matter beside the residual stream
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(256)}, unk_token="t0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(folder)
+    return model, mpq.trace(model, {"input_ids": tokens(1, 2)})
+
+
+def tokens(seed, rows):
+    return torch.randint(3, 256, (rows, 64), generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model, plan=None):
+    with torch.no_grad():
+        if plan is None:
+            return model(tokens(9, 8)).logits.float()
+        with mpq.quantized(model, plan):
+            return model(tokens(9, 8)).logits.float()
+
+
+def stored_tensors(folder, name):
+    """The tensors of a module in a file of weights, by their last names."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    return {key.rsplit(".", 1)[1]: value for key, value in stored.items() if key.startswith(f"{name}.")}
 
 
 def run(model, layer):
@@ -189,3 +229,109 @@ def test_gptqmodel_resolves_as_planned():
             assert config.dynamic_get(name, "bits", config.bits) == entry.value_bits
             size = entry.choice.weight.granularity.size or -1
             assert config.dynamic_get(name, "group_size", config.group_size) == size
+
+
+def unpacked(words, bits, rows):
+    """Codes that lie one after the other in the columns of 32-bit words, least significant bits first."""
+    ones = (words.long().unsqueeze(1) >> torch.arange(32).view(1, 32, 1)) & 1
+    codes = ones.reshape(-1, words.shape[1])[: rows * bits].reshape(rows, bits, -1)
+    return (codes << torch.arange(bits).view(1, -1, 1)).sum(1)
+
+
+def test_gptqmodel_packs_the_planned_bits_groups_and_bytes(tmp_path, monkeypatch):
+    library("gptqmodel")
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    monkeypatch.chdir(tmp_path)  # where it writes its logs
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # its default on two cores is fewer than its loader asks for
+    model, net = llama(tmp_path / "floats", torch.float32)
+    options = {"*_proj": "int4@group32", "*k_proj": "int2@group64", "*v_proj": "uint8", "*0*down_proj": "int3@group32"}
+    plan = planned(net.layers, options | {"*o_proj": "fp32", "*gate_proj": "uint4@group64"})
+    plan = replace(plan, fingerprint=net.fingerprint)
+    config = QuantizeConfig(**json.loads(json.dumps(mpq.export(plan, "gptqmodel"))))
+    quantised = GPTQModel.load(str(tmp_path / "floats"), config, device="cpu", dtype=torch.float32)
+    samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens(3, 32)]
+    quantised.quantize(samples, batch_size=8)
+    quantised.save(str(tmp_path / "packed"))
+    packed = GPTQModel.load(str(tmp_path / "packed"), device="cpu", dtype=torch.float16, backend=BACKEND.TORCH).model
+    exact, simulated = outputs(model), outputs(model, plan)
+    for entry in plan.entries:
+        name, option = entry.layer.name, entry.choice
+        found, bits, (rows, columns) = (
+            stored_tensors(tmp_path / "packed", name),
+            option.weight.bits,
+            entry.layer.weight_shape,
+        )
+        stored = sum(tensor.nbytes for tensor in found.values())
+        if str(option) == "fp32":
+            assert list(found) == ["weight"]
+            assert torch.equal(found["weight"], model.get_submodule(name).weight)
+            assert stored == entry.storage_bits / 8
+            continue
+        module = packed.get_submodule(name)
+        size = option.weight.granularity.size or columns
+        assert (module.bits, module.group_size) == (bits, size)
+        assert found["scales"].shape == (columns // size, rows)
+        symmetric = option.weight.name.startswith("int")
+        assert stored == entry.storage_bits / 8 + 4 * columns + symmetric * bits * found["scales"].numel() / 8
+        codes, zeros = unpacked(found["qweight"], bits, columns), unpacked(found["qzeros"].T, bits, rows).T + 1
+        assert (zeros == 2 ** (bits - 1)).all() == symmetric
+        groups = found["g_idx"].long()
+        model.get_submodule(name).weight.data.copy_((found["scales"].float()[groups] * (codes - zeros[groups])).T)
+    assert (outputs(packed) - outputs(model)).norm() < 0.01 * outputs(model).norm()
+    assert (outputs(packed) - exact).norm() < (simulated - exact).norm()
+
+
+# The first has symmetric ints, whose scale differs from the simulation's; the others the same grid, and arithmetic in
+# bf16, as llm-compressor computes codes for models of that type, or in fp32.
+MIXED = {"*[qkv]_proj": "int4@group32", "*o_proj": "int8/int8@token", "*0*gate_proj": "uint4@group64"}
+MIXED |= {"*0*up_proj": "uint4@group64", "*0*down_proj": "fp8_e4m3/fp8_e4m3@token", "*1*down_proj": "int8"}
+SAME_GRID = {"*[qkv]_proj": "uint4@group32", "*gate_proj": "uint8", "*up_proj": "uint8"}
+SAME_GRID |= {"*down_proj": "fp8_e4m3/fp8_e4m3@token"}
+SAME_GRID_32 = {
+    "*[qkv]_proj": "uint4@group32@scale=fp32",
+    "*gate_proj": "uint8@scale=fp32",
+    "*up_proj": "uint8@scale=fp32",
+}
+SAME_GRID_32 |= {"*down_proj": "fp8_e4m3@scale=fp32/fp8_e4m3@token"}
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "distance"),
+    [(MIXED, torch.bfloat16, 1.3), (SAME_GRID, torch.bfloat16, 0.6), (SAME_GRID_32, torch.float32, 0.1)],
+)
+def test_llm_compressor_stores_the_planned_schemes_bytes_and_outputs(tmp_path, options, dtype, distance):
+    library("llmcompressor")
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import LlamaForCausalLM
+
+    _, net = llama(tmp_path / "floats", dtype)
+    unquantised = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    plan = planned(net.layers, options, default=unquantised)
+    plan = replace(plan, fingerprint=net.fingerprint, outside={"size": net.outside_bytes})
+    exported = json.loads(json.dumps(mpq.export(plan, "compressed-tensors")))
+    recipe = QuantizationModifier(config_groups=exported["config_groups"], ignore=exported["ignore"])
+    oneshot(
+        model=str(tmp_path / "floats"),
+        recipe=recipe,
+        output_dir=str(tmp_path / "packed"),
+        precision=str(dtype).removeprefix("torch."),
+    )
+    deployed = LlamaForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
+    total = plan.outside["size"]
+    for entry in plan.entries:
+        found = stored_tensors(tmp_path / "packed", entry.layer.name)
+        total += sum(tensor.nbytes for tensor in found.values())
+        scheme = getattr(deployed.get_submodule(entry.layer.name), "quantization_scheme", None)
+        assert (scheme is None) == (list(found) == ["weight"]) == (str(entry.choice) == unquantised)
+        if scheme is not None:
+            assert scheme.weights.num_bits == entry.value_bits
+            assert (scheme.weights.group_size or None) == (entry.choice.weight.granularity.size or None)
+            assert scheme.weights.symmetric == (not entry.choice.weight.name.startswith("uint"))
+            assert (scheme.input_activations is None) == (entry.activation is None)
+    assert total == pytest.approx(plan.size_bytes, rel=0.01)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32).eval()
+    exact, simulated, applied = outputs(model), outputs(model, plan), outputs(deployed)
+    assert (applied - exact).norm() == pytest.approx(float((simulated - exact).norm()), rel=0.05)
+    assert (applied - simulated).norm() < distance * (simulated - exact).norm()

@@ -82,6 +82,22 @@ def test_what_a_target_lacks_is_refused_by_layer_format_and_what_it_has(target, 
     assert refusal(target, first, option) is not None
 
 
+@pytest.mark.parametrize(
+    ("target", "library"),
+    [
+        ("autoround", "AutoRound"),
+        ("compressed-tensors", "compressed-tensors"),
+        ("gptqmodel", "GPTQModel"),
+        ("hawq", "HAWQ"),
+        ("modelopt", "Model Optimizer"),
+        ("onnxruntime", "ONNX Runtime"),
+    ],
+)
+def test_why_a_width_is_lacking_is_a_sentence_about_the_library(target, library):
+    option = Option.parse("int9@scale=fp32" if target == "onnxruntime" else "int9")
+    assert re.match(rf"{library} has\b", refusal(target, layer(Q, (64, 64)), option))
+
+
 def test_llama_cpp_names_tensors_as_gguf_does_tied_ones_twice():
     plan = planned(decoder_layers(tied=True), {"*": "q8_0", "*down_proj": "q6_k"})
     types = mpq.export(plan, "llama.cpp")["tensor_types"]
@@ -158,7 +174,7 @@ def test_gptqmodel_takes_the_option_of_most_weights_and_names_the_others():
     found = mpq.export(planned(decoder_layers(1), {"*proj": "int4@group32", Q: "int8", K: "fp32"}), "gptqmodel")
     assert (found["bits"], found["group_size"]) == (4, 32)
     assert found["dynamic"] == {
-        f"+:^{re.escape(Q)}$": {"bits": 8, "group_size": -1, "sym": True},
+        f"+:^{re.escape(Q)}$": {"bits": 8, "group_size": -1, "sym": True, "act_group_aware": False},
         f"-:^{re.escape(K)}$": {},
         "-:^lm_head$": {},
     }
