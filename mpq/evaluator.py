@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,12 @@ from mpq.atomic import write_atomically
 from mpq.batches import Batch, batch_size, batches_of, samples_in
 from mpq.cache import description, fingerprint_of, pieces_in
 from mpq.drops import Metric, drop_of
-from mpq.formats import NumberFormat
-from mpq.layers import Layer
+from mpq.frontier import Frontier
+from mpq.kept_weights import KeptWeights
 from mpq.plan import Plan
+from mpq.plan_keys import choices_of_key, key_of
 from mpq.planning import choices_of
-from mpq.quantizer import Quantizer, RoundToNearest, quantised_rows
+from mpq.quantizer import Quantizer, RoundToNearest
 from mpq.surgery import evaluating, quantized
 from mpq.table_entries import entries_of
 from mpq.table_problem import totals
@@ -33,7 +33,6 @@ from mpq.task_choice import choose_task
 from mpq.tasks import CustomLoss, LossFunction, Outputs, Task
 
 if TYPE_CHECKING:
-    from mpq.frontier import Frontier
     from mpq.tables import CostTable
 
 PIECES = 16  # data is measured piece by piece: at least so many, where batches can be cut
@@ -147,12 +146,14 @@ class Evaluator:
         self._started: float | None = None
 
     def _folder(self, cache: str | Path | None, batches: list[Batch], quantizer: Quantizer | None) -> Path | None:
-        if cache is None:
-            return None
+        return None if cache is None else pieces_in(cache, self._fingerprint(batches, quantizer)).folder
+
+    def _fingerprint(self, batches: list[Batch], quantizer: Quantizer | None) -> str:
+        """Of all that a measurement depends on."""
         table = self.table
         parts = (self.model, batches, self.task, self.metric, quantizer, table.layers, table.options, self.seed)
         more = (table.granularity, np.asarray(table.layer_index))
-        return pieces_in(cache, fingerprint_of([], "evaluator", *map(description, (*parts, *more)))).folder
+        return fingerprint_of([], "evaluator", *map(description, (*parts, *more)))
 
     @property
     def left(self) -> float:
@@ -173,7 +174,7 @@ class Evaluator:
             ValueError: if the choices are no plan of the table.
         """
         codes = self._codes(choices)
-        key = codes.tobytes()
+        key = key_of(codes)
         wanted = self._piece_end(samples)
         stop = int(self._edges[wanted])
         before = self.measured[key].samples if key in self.measured else 0
@@ -185,6 +186,14 @@ class Evaluator:
             self.spent += (stop - before) / self.samples
             self.measured[key] = Measurement.of(values[:stop])
         return self.measured[key] if stop >= before else Measurement.of(self._values[key][:stop])
+
+    def measure_all(self, plans: Sequence[ArrayLike], samples: int | None = None) -> list[Measurement]:
+        """Several plans, one after the other; workers on one storage share them (`mpq.shared_evaluator`)."""
+        self.prepare(plans, samples)
+        return [self.measure(plan, samples) for plan in plans]
+
+    def prepare(self, plans: Iterable[ArrayLike], samples: int | None = None) -> None:
+        """These plans will be measured next, whatever comes out."""
 
     def plan(self, choices: ArrayLike) -> Plan:
         """The plan that choices are, with what the table predicts for it."""
@@ -199,21 +208,28 @@ class Evaluator:
             table=table,
         )
 
-    def frontier(self, resource: str) -> Frontier:
-        """The plans measured on all the data that no other beats in both the resource and what was measured.
+    def frontier(self, resource: str, samples: int | None = None) -> Frontier:
+        """The measured plans that no other beats in both the resource and what was measured.
+
+        Args:
+            resource: a quantity of the table.
+            samples: plans measured on at least so many samples are compared, on the first so many: searches measure
+                most plans on a part of the data. All the data by default.
 
         Raises:
-            ValueError: if the table has no such quantity, or no plan was measured on all the data.
+            ValueError: if the table has no such quantity, or no plan was measured on so many samples.
         """
-        from mpq.frontier import Frontier
-
         self.table.quantity(resource)
-        whole = [(key, found) for key, found in self.measured.items() if found.samples == self.samples]
+        count = self.samples if samples is None else samples
+        whole = [(key, found) for key, found in self.measured.items() if found.samples >= count > 0]
         if not whole:
-            raise ValueError("no plan was measured on all the data: measure some without samples=")
-        plans = np.array([np.frombuffer(key, dtype=np.int64) for key, _ in whole])
+            most = max((found.samples for found in self.measured.values()), default=0)
+            asked = "all the data" if samples is None else f"{samples} samples"
+            raise ValueError(f"no plan was measured on {asked}: measure some so, or ask for samples={most} at most")
+        whole = [(key, Measurement.of(found.per_sample[:count])) for key, found in whole]
+        plans = np.array([choices_of_key(key) for key, _ in whole])
         cost = np.array([totals(self.table, plan)[resource] for plan in plans])
-        loss = np.array([found.divergence for _, found in whole])
+        loss, error = np.array([(found.divergence, found.standard_error) for _, found in whole]).T
         order = np.lexsort((loss, cost))
         least = np.concatenate([[np.inf], np.minimum.accumulate(loss[order])[:-1]])
         front = order[loss[order] < least]
@@ -223,8 +239,11 @@ class Evaluator:
             resource=cost[front],
             objective=loss[front],
             choices=plans[front],
+            standard_error=error[front],
             is_heuristic=True,
-            provenance=self.provenance | {"plans": len(whole)},
+            provenance=self.provenance | {"plans": len(whole), "samples": count},
+            table=self.table,
+            minimised="sensitivity",
         )
 
     @property
@@ -276,7 +295,7 @@ class Evaluator:
     def _grown(self, codes: NDArray[np.int64], values: NDArray[np.float64], stop: int) -> NDArray[np.float64]:
         """The values of more pieces behind those known; what was finished is kept, whatever happens."""
         first = int(np.searchsorted(self._edges, len(values)))
-        key, parts = codes.tobytes(), [values]
+        key, parts = key_of(codes), [values]
         try:
             with closing(self._measured_pieces(codes, range(first, stop))) as measured:
                 for part in measured:
@@ -322,37 +341,6 @@ class Evaluator:
             else:
                 self._room = 0  # pieces are alike: the next would not fit either
         return piece in self._references
-
-
-@dataclass(eq=False)
-class KeptWeights:
-    """A quantiser that remembers what it made, by layer and format, up to a number of bytes; the oldest goes first.
-
-    It is for one model whose weights do not change.
-    """
-
-    quantizer: Quantizer
-    kept_bytes: int
-    _kept: OrderedDict[tuple[str, NumberFormat, str], Tensor] = field(default_factory=OrderedDict)
-    _size: int = 0
-
-    def __call__(self, rows: Tensor, fmt: NumberFormat, layer: Layer) -> Tensor:
-        """The quantised weight of a whole layer."""
-        return self.units(rows, fmt, layer, "layer")
-
-    def units(self, rows: Tensor, fmt: NumberFormat, layer: Layer, granularity: str) -> Tensor:
-        """The quantised weight of a layer that is cut into units."""
-        key = (layer.name, fmt, granularity)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        made = quantised_rows(rows, fmt, layer, granularity, self.quantizer)
-        self._kept[key] = made
-        self._size += made.numel() * made.element_size()
-        while self._size > self.kept_bytes and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._size -= dropped.numel() * dropped.element_size()
-        return made
 
 
 @dataclass(frozen=True)

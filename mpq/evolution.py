@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,7 +126,7 @@ def evolve(
         search = _Search(evaluator, breeding, shared, chosen, np.random.default_rng([seed, shared.counted()]))
         with shared.working():
             search.run(first, evaluations, time.monotonic() + seconds)
-        return search.front(names)
+        return replace(search.front(names), table=evaluator.table, minimised=objective)
 
 
 @dataclass(eq=False)
@@ -150,7 +150,9 @@ class _Search:
             proposal = shared.take() or self._proposed()
             if proposal is None:
                 return
-            if not self._measured(proposal):
+            if shared.is_held_twice(proposal):
+                shared.give_back(proposal)
+            elif not self._measured(proposal):
                 return
 
     def _measured(self, proposal: Proposal) -> bool:

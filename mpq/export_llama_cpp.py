@@ -21,6 +21,7 @@ _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6
 _FALLBACK |= {"tq1_0": "q4_0", "tq2_0": "q4_0"}
 _MXFP4_BLOCK = 32
 _BASE = "Q8_0"
+_ROUTER = r"\.(mlp|block_sparse_moe|feed_forward)\.(gate|router|gate\.wg|shared_expert_gate)(\.weight)?$"
 
 
 def to_llama_cpp(plan: Plan, *, architecture: str | None = None) -> dict[str, Any]:
@@ -47,13 +48,20 @@ def to_llama_cpp(plan: Plan, *, architecture: str | None = None) -> dict[str, An
         architecture: a name of the ``gguf`` package, for models whose names are not those of Llama and its kind.
 
     Raises:
-        ValueError: if a layer is split, quantises its input, has a format that GGUF lacks or that does not divide its
-            rows, or a name without counterpart.
+        ValueError: if a layer is split, experts of one tensor differ, a layer quantises its input, has a format that
+            GGUF lacks or that does not divide its rows, or a name without counterpart.
     """
-    types = {}
+    types: dict[str, str] = {}
+    first: dict[str, str] = {}
     for layer, option in taken_layers(plan, "llama.cpp", refused_by_llama_cpp):
         for tensor in tensors_of(layer, architecture):
-            types[f"^{re.escape(tensor)}$"] = ggml_name(option)
+            known = types.setdefault(f"^{re.escape(tensor)}$", ggml_name(option))
+            if known != ggml_name(option):
+                raise ValueError(
+                    f"llama.cpp holds all experts of {tensor!r} in one type, the plan has {known} "
+                    f"({first[tensor]!r}) and {ggml_name(option)} ({layer.name!r}): search with ties='auto'"
+                )
+            first.setdefault(tensor, layer.name)
     return {"base": _BASE, "tensor_types": types}
 
 
@@ -77,7 +85,7 @@ def refused_by_llama_cpp(layer: Layer, option: Option) -> str | None:
         return f"it chooses the format of layer inputs itself: drop '/{option.activation}'"
     if layer.kind not in ("linear", "embedding", "experts"):
         return f"llama-quantize leaves a {layer.kind} as it is: pin it to fp32"
-    if layer.weight_name.removesuffix(".weight").endswith("mlp.gate") and not is_unquantised(option):
+    if re.search(_ROUTER, layer.weight_name) and not is_unquantised(option):
         return "llama-quantize leaves the router of a mixture as it is: pin it to fp32"
     if weight.name not in GGML_NAMES and not isinstance(weight, GGUF):
         return _HAS

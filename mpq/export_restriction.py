@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpq.export_compressed_tensors import fused_by_compressed_tensors
 from mpq.exporting import refusal
+from mpq.options import merged
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mpq.layers import Network
     from mpq.options import SearchSpace
+
+
+def with_fused(network: Network, target: str | None) -> Network:
+    """The network with siblings that a library wants in one format: for vLLM, the experts of a block."""
+    if target != "compressed-tensors":
+        return network
+    groups = [*map(list, network.siblings), *map(list, fused_by_compressed_tensors(network))]
+    return replace(network, siblings=merged(groups, [layer.name for layer in network.layers]))
 
 
 def without_refused(costs: pd.DataFrame, network: Network, space: SearchSpace, target: str) -> pd.DataFrame:

@@ -20,17 +20,32 @@ _ROLES: dict[str, tuple[str, ...]] = {
     "mlp.down_proj": ("ffn_down",),
     "mlp.gate": ("ffn_gate_inp",),
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.gate_proj": ("ffn_gate_exps",),
+    "mlp.experts.up_proj": ("ffn_up_exps",),
     "mlp.experts.down_proj": ("ffn_down_exps",),
     "mlp.shared_expert.gate_proj": ("ffn_gate_shexp",),
     "mlp.shared_expert.up_proj": ("ffn_up_shexp",),
     "mlp.shared_expert.down_proj": ("ffn_down_shexp",),
 }
 _BLOCK = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
+_OTHER_WORDS = (
+    (re.compile(r"^(block_sparse_moe|feed_forward)\."), "mlp."),
+    (re.compile(r"^mlp\.(router|gate\.wg)$"), "mlp.gate"),
+    (re.compile(r"\.shared_experts\."), ".shared_expert."),
+    (re.compile(r"\.experts\.\d+\."), ".experts."),
+    (re.compile(r"(?<=experts\.)w1$"), "gate_proj"),
+    (re.compile(r"(?<=experts\.)w2$"), "down_proj"),
+    (re.compile(r"(?<=experts\.)w3$"), "up_proj"),
+)
+"""What other models and files call the roles; an expert that is stored alone is part of the tensor of all."""
+
 _OUTSIDE = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?(embed_tokens|lm_head)")
 
 
 def gguf_names(weight_name: str, *, architecture: str | None = None) -> tuple[str, ...]:
     """The tensors of a GGUF file that a parameter becomes, ``.weight`` included; two for stacked gate and up experts.
+
+    Experts that are stored one by one become one tensor: `block_sparse_moe.experts.3.w1` is part of `ffn_gate_exps`.
 
     Without an architecture the names are those that Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma, SmolLM, Phi-3 and
     their kind share.
@@ -53,13 +68,19 @@ def gguf_names(weight_name: str, *, architecture: str | None = None) -> tuple[st
     if top := _OUTSIDE.fullmatch(stem):
         return (f"{_TOP[top[1]]}.weight",)
     block = _BLOCK.fullmatch(stem)
-    if block and block[2] in _ROLES:
-        return tuple(f"blk.{block[1]}.{role}.weight" for role in _ROLES[block[2]])
+    if block and (role := _role(block[2])) in _ROLES:
+        return tuple(f"blk.{block[1]}.{tensor}.weight" for tensor in _ROLES[role])
     hint = did_you_mean(block[2], _ROLES) if block else ""
     raise ValueError(
         f"no GGUF name is known for {weight_name!r}{hint}; name the architecture as the gguf package does, "
         "architecture='gpt2', to ask its table, or pin the layer to fp32 and leave it out"
     )
+
+
+def _role(within_block: str) -> str:
+    for other, ours in _OTHER_WORDS:
+        within_block = other.sub(ours, within_block)
+    return within_block
 
 
 def parameter_of(tensor: str) -> tuple[str, ...]:

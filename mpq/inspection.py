@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq.options import SearchSpace
-from mpq.pipeline import Priced, price
+from mpq.pricing import Priced, price
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+FILES_BYTES = 100e6
+"""What a chunk of a checkpoint's weights, and what is made of it, takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The answer of `inspect_model`. `seconds` and `memory_bytes` are estimates from one timed forward pass."""
+    """The answer of `inspect_model`. `seconds` and `memory_bytes` are estimates, `estimated` says from what."""
 
     priced: Priced
     ties: tuple[tuple[str, ...], ...]
@@ -42,6 +46,7 @@ class Inspection:
     samples: int
     seconds: float
     memory_bytes: float
+    estimated: str = "from one timed forward pass"
 
 
 def inspect_model(
@@ -59,7 +64,7 @@ def inspect_model(
     bops: str = "hawq",
     target: str | None = None,
 ) -> Inspection:
-    """Trace and price a model and time one forward pass.
+    """Trace and price a model and time one forward pass; or price a checkpoint, without data.
 
     Raises:
         ValueError: if the data, a pattern or a name is wrong.
@@ -68,8 +73,10 @@ def inspect_model(
     from mpq.surgery import evaluating
     from mpq.task_choice import TASKS, choose_task
 
-    batches = batches_of(data)
     run: dict[str, Any] = {"batch": batch, "phase": phase, "context": context, "bops": bops, "target": target}
+    if data is None:
+        return _inspect_files(model, space, hardware=hardware, granularity=granularity, **run)
+    batches = batches_of(data)
     priced = price(model, batches, space, hardware=hardware, granularity=granularity, **run)
     samples = samples_in(batches)
     with evaluating(model):
@@ -80,23 +87,46 @@ def inspect_model(
         estimator = import_module("mpq.sensitivity").automatic(priced.network, space, samples, granularity)
         methods = import_module("mpq.sensitivity").METHODS
         method = next(name for name, (_, kind) in methods.items() if kind == type(estimator).__name__)
-    table = priced.table({})
-    reaches = tuple(
-        Reach(name, table.measures[name], *table.reachable(name), table.reference.get(name))
-        for name in table.quantities
-    )
     candidates = space.candidates(priced.network)
     runs = sum(map(len, candidates.values()))
     return Inspection(
         priced=priced,
         ties=space.tied_layers(priced.network),
-        reaches=reaches,
+        reaches=_reaches(priced),
         refused=priced.refused,
         method=str(method),
         task=next((name for name, known in TASKS.items() if known == chosen), type(chosen).__name__),
         samples=samples,
         seconds=forward * _forwards(str(method), runs, runs / max(len(candidates), 1)),
         memory_bytes=_memory(priced, str(method)),
+    )
+
+
+def _inspect_files(checkpoint: Any, space: SearchSpace, **run: Any) -> Inspection:
+    from mpq.checkpoint_search import METHODS, NANOSECONDS, price_checkpoint
+
+    priced = price_checkpoint(checkpoint, space, **run)
+    candidates = space.candidates(priced.network)
+    values = sum(layer.parameters * len(candidates[layer.name]) for layer in priced.network.layers)
+    return Inspection(
+        priced=priced,
+        ties=space.tied_layers(priced.network),
+        reaches=_reaches(priced),
+        refused=priced.refused,
+        method=METHODS["auto"],
+        task="weights alone",
+        samples=0,
+        seconds=values * NANOSECONDS / 1e9,
+        memory_bytes=_memory(priced, "files"),
+        estimated=f"from {NANOSECONDS} ns a weight and option on one core",
+    )
+
+
+def _reaches(priced: Priced) -> tuple[Reach, ...]:
+    table = priced.table({})
+    return tuple(
+        Reach(name, table.measures[name], *table.reachable(name), table.reference.get(name))
+        for name in table.quantities
     )
 
 
@@ -120,6 +150,8 @@ def _forward_seconds(model: nn.Module, task: Any, batch: Any) -> float:
 def _memory(priced: Priced, method: str) -> float:
     """Peak of the process so far, and on top what the method keeps: quantised weights, layer inputs and outputs."""
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if method == "files":
+        return float(now + FILES_BYTES)
     layers = priced.network.layers
     weights = np.array([layer.weight_bytes for layer in layers], float)
     activations = 4.0 * sum(layer.input_elements + layer.output_elements for layer in layers)

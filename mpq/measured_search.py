@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,36 @@ from numpy.typing import NDArray
 from mpq.learned_scores import LearnedScores, Posterior
 from mpq.level_switches import LevelSwitches
 from mpq.paired_test import Test, paired_test
+from mpq.plan_keys import choices_of_key, key_of
 from mpq.problem import AllocationProblem, InfeasibleError
 
 if TYPE_CHECKING:
-    from mpq.evaluator import Evaluator
+    from mpq.evaluator import Measurement
 
 Choices = NDArray[np.int64]
 
+_TRUST = 8.0  # degrees of freedom that the usual variance counts for
 MANY = 2000  # units above which the table's runners-up are not enumerated: they differ in next to nothing
+
+
+class Measures(Protocol):
+    """What the search asks: an `Evaluator`, or one of levels of layers."""
+
+    measured: dict[bytes, Measurement]
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+
+    @property
+    def spent(self) -> float:
+        """Evaluations of the whole data so far."""
+
+    def measure(self, choices: Choices, samples: int | None = None) -> Measurement:
+        """What a plan loses on the first samples."""
+
+    def measure_all(self, plans: Sequence[Choices], samples: int | None = None) -> list[Measurement]:
+        """The same for several plans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +119,7 @@ class MeasuredSearch:
     whatever is better on fresh samples is taken: the gain is still positive on average, but no longer sure.
     """
 
-    evaluator: Evaluator
+    evaluator: Measures
     problem: AllocationProblem
     settings: Settings
     rng: np.random.Generator
@@ -156,24 +178,29 @@ class MeasuredSearch:
         for child in children:
             self.tried.add(child.tobytes())
         few = max(1, self.chosen_by // 4)
-        ranked = sorted(children, key=lambda child: self.evaluator.measure(child, few).divergence)
+        ranked = self._ranked(children, few)
         self.walker = self._best([self.walker, *ranked[: self.settings.survivors]])
 
     def _best(self, plans: Sequence[Choices]) -> Choices:
         """The plan with the least mean on the selection data; the first of equal ones."""
-        return min(plans, key=lambda plan: self.evaluator.measure(plan, self.chosen_by).divergence)
+        return self._ranked(plans, self.chosen_by)[0]
+
+    def _ranked(self, plans: Sequence[Choices], samples: int | None) -> list[Choices]:
+        """Plans by their means on so many samples; equal ones in the order given."""
+        found = [one.divergence for one in self.evaluator.measure_all(plans, samples)]
+        return [plans[position] for position in sorted(range(len(plans)), key=found.__getitem__)]
 
     def _leaders(self, count: int) -> list[Choices]:
         """The best of the plans that were measured on most of the data so far: less is too noisy to compare."""
         measured = self.evaluator.measured
         most = sorted((found.samples for found in measured.values()), reverse=True)[: 2 * count]
         known = [key for key, found in measured.items() if found.samples >= most[-1] and self._is_ours(key)]
-        known.sort(key=lambda key: self._relative(key)[0])
-        return [np.frombuffer(key, dtype=np.int64) for key in known[:count]]
+        known.sort(key=self._relative)
+        return [choices_of_key(key) for key in known[:count]]
 
     def _is_ours(self, key: bytes) -> bool:
         """Whether a measured plan keeps the budgets; the evaluator may have served others."""
-        return self.problem.is_feasible(np.frombuffer(key, dtype=np.int64))
+        return self.problem.is_feasible(choices_of_key(key))
 
     # -- candidates --------------------------------------------------------------------------------------------------
 
@@ -230,28 +257,27 @@ class MeasuredSearch:
 
     def _posterior(self) -> Posterior:
         keys = list(self.evaluator.measured)
-        found = np.array([self._relative(key) for key in keys])
-        plans = [np.frombuffer(key, dtype=np.int64) for key in keys]
-        return self.prior.learned(plans, found[:, 0], found[:, 1])
+        differences = [self._difference(key) for key in keys]
+        start = self.evaluator.measured[key_of(self.start)].divergence
+        values = np.array([start + found.mean() for found in differences])
+        return self.prior.learned([choices_of_key(key) for key in keys], values, errors_of(differences))
 
-    def _relative(self, key: bytes) -> tuple[float, float]:
-        """A plan's figure and its error as it would be on all that the start plan was measured on.
+    def _relative(self, key: bytes) -> float:
+        """A plan's figure as it would be on all that the start plan was measured on."""
+        return float(self.evaluator.measured[key_of(self.start)].divergence + self._difference(key).mean())
 
-        Samples differ in how hard they are: what a plan was measured on tells it from the start plan on the same ones.
-        """
-        mine, start = self.evaluator.measured[key], self.evaluator.measured[self.start.tobytes()]
+    def _difference(self, key: bytes) -> NDArray[np.float64]:
+        """Of a plan and the start plan on the samples both have: samples differ in how hard they are."""
+        mine, start = self.evaluator.measured[key], self.evaluator.measured[key_of(self.start)]
         count = min(mine.samples, start.samples)
-        ours, theirs = mine.per_sample[:count], start.per_sample[:count]
-        difference = ours - theirs
-        error = float(difference.std(ddof=1)) / count**0.5 if count > 1 else 0.0
-        return start.divergence + float(difference.mean()), error
+        return mine.per_sample[:count] - start.per_sample[:count]
 
     # -- what is believed --------------------------------------------------------------------------------------------
 
     def _finalists(self) -> list[Choices]:
         """The best measured plans, the best on all the data first."""
         plans = self._leaders(self.settings.finalists)
-        return sorted(plans, key=lambda plan: self.evaluator.measure(plan).divergence)
+        return self._ranked(plans, None)
 
     def _confirm(self, plan: Choices, rival: Choices) -> bool:
         """Whether a plan is better than a rival on the fresh samples, significantly; then it is the new incumbent.
@@ -271,6 +297,33 @@ class MeasuredSearch:
             self.history.append(Step(self.evaluator.spent, new.divergence, new.samples, found.p_value))
             return True
         return False
+
+
+def errors_of(differences: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Standard errors of the means of vectors of differences, some of two or three samples.
+
+    A variance from so few is itself mostly noise, and often far too small. It is drawn to what is usual for its mean:
+
+        s² = ((n - 1) var + ν w) / (n - 1 + ν),   w = A + B mean²,   error = s / √n
+
+    with A the median variance of the half with the smaller means, B the median of var / mean² of the other half, and
+    ν = 8 (the form of Smyth 2004, from memory; ν and w are ours). Vectors of zeros, of a plan and itself, have none.
+
+    Example:
+        >>> errors_of([np.array([1.0, 1.1]), np.array([1.0, 5.0]), np.array([1.0, 3.0]), np.zeros(3)]).round(1).tolist()
+        [0.9, 1.9, 1.3, 0.0]
+    """
+    means, counts = np.array([[found.mean(), len(found)] for found in differences]).T
+    own = np.array([found.var(ddof=1) if len(found) > 1 else 0.0 for found in differences])
+    known = np.flatnonzero((counts > 1) & (own > 0))
+    known = known[np.argsort(np.abs(means[known]), kind="stable")]
+    small, large = known[: -(-len(known) // 2)], known[len(known) // 2 :]
+    usual = np.zeros_like(own)
+    if len(known):
+        usual += np.median(own[small]) + np.median(own[large] / np.maximum(means[large] ** 2, 1e-300)) * means**2
+    shrunk = ((counts - 1) * own + _TRUST * usual) / (counts - 1 + _TRUST)
+    is_itself = np.array([not found.any() for found in differences])
+    return np.where(is_itself, 0.0, np.sqrt(shrunk / counts))
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,26 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEMOS = ("demo", "demo-transformer")
+NO_DATA = "scored by weight error alone, which knows nothing of the loss: give --data TEXT for a better plan"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model, calibration data, and where given a task and held-out data."""
+    """A model, calibration data, and where given a task and held-out data.
 
-    model: nn.Module
+    Where `data` is None, `model` is a `mpq.checkpoints.Checkpoint`, of which weights alone are scored; `notes` say so.
+    """
+
+    model: nn.Module | Any
     data: Any
     task: Any = None
     holdout: Any = None
+    notes: tuple[str, ...] = ()
 
 
-def load_source(name: str, *, text: str | None = None, samples: int = 16, tokens: int = 128) -> ModelSource:
+def load_source(
+    name: str, *, text: str | None = None, samples: int = 16, tokens: int = 128, files: bool = False
+) -> ModelSource:
     """The model and data that a name on the command line stands for.
 
     Args:
@@ -34,6 +41,7 @@ def load_source(name: str, *, text: str | None = None, samples: int = 16, tokens
         text: a text file that calibrates a transformers folder.
         samples: windows of text to calibrate on; as many again are held out.
         tokens: tokens a window.
+        files: take a safetensors file, or a folder of them without `text`, as a checkpoint whose model is not built.
 
     Raises:
         ValueError: if it is none of these, or the function returns something else.
@@ -43,6 +51,12 @@ def load_source(name: str, *, text: str | None = None, samples: int = 16, tokens
     path, colon, _ = name.rpartition(":")
     if colon and path.endswith(".py"):
         return _returned(name, call_function(name))
+    if files and text is None and Path(name).exists():
+        from mpq.checkpoints import is_checkpoint, read_checkpoint
+
+        if is_checkpoint(name):
+            found = read_checkpoint(name)
+            return ModelSource(found, None, notes=(NO_DATA, *found.notes))
     if Path(name).is_dir():
         return _transformers_folder(Path(name), text, samples, tokens)
     raise ValueError(f"MODEL must be {', '.join(DEMOS)}, FILE.py:function or a transformers folder, got {name!r}")
@@ -137,8 +151,10 @@ def _transformers_folder(folder: Path, text: str | None, samples: int, tokens: i
         import transformers
     except ImportError as error:
         raise ValueError("transformers folders need transformers: pip install 'mpq-search[transformers]'") from error
+    from mpq.checkpoint_graph import is_causal
+
     config = transformers.AutoConfig.from_pretrained(folder)
-    causal = any("CausalLM" in name for name in config.architectures or ())
+    causal = is_causal(config)
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = loader.from_pretrained(folder, dtype="auto").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -178,7 +178,7 @@ class SearchSpace:
         if self.ties == "auto":
             return network.siblings
         names = [layer.name for layer in network.layers]
-        return _merged([matching(pattern, names, "ties") for pattern in self.ties], names)
+        return merged([matching(pattern, names, "ties") for pattern in self.ties], names)
 
 
 def matching(pattern: str, names: list[str], role: str) -> list[str]:
@@ -202,9 +202,10 @@ def _parsed(pattern: str, candidates: Candidates) -> tuple[Option, ...]:
     return parsed
 
 
-def _merged(groups: list[list[str]], names: list[str]) -> tuple[tuple[str, ...], ...]:
-    merged: list[set[str]] = []
+def merged(groups: list[list[str]], names: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Groups of names, those that overlap as one, in the order of all names; groups of one are left out."""
+    found: list[set[str]] = []
     for group in map(set, groups):
-        overlapping = [other for other in merged if other & group]
-        merged = [other for other in merged if not other & group] + [group.union(*overlapping)]
-    return tuple(tuple(name for name in names if name in group) for group in merged if len(group) > 1)
+        overlapping = [other for other in found if other & group]
+        found = [other for other in found if not other & group] + [group.union(*overlapping)]
+    return tuple(tuple(name for name in names if name in group) for group in found if len(group) > 1)

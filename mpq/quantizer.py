@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpq.expert_units import granularity_in
 from mpq.fake_quantize import fake_quantize
 from mpq.formats import TENSOR, NumberFormat
 from mpq.layers import Layer, block_size
@@ -57,6 +58,7 @@ def quantised_rows(rows: Tensor, fmt: NumberFormat, layer: Layer, granularity: s
     Raises:
         ValueError: if the format shares a scale between rows and the layer is cut.
     """
+    granularity = granularity_in(layer, granularity)
     kind, size = block_size(granularity)
     if kind != "layer":
         check_splittable(fmt, granularity)
@@ -107,7 +109,7 @@ def _code_of_each_weight(split: Split, layer: Layer) -> Tensor:
     """(out, in): the option code of the unit that each weight belongs to."""
     outputs = layer.weight_shape[0]
     columns = layer.parameters // outputs
-    kind, size = block_size(split.granularity)
+    kind, size = block_size(granularity_in(layer, split.granularity))
     codes = torch.tensor(split.codes)
     if kind == "rows":
         return codes.repeat_interleave(size)[:outputs, None].expand(outputs, columns)

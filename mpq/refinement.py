@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq.evaluator import Evaluator, Exhausted, Measurement
+from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
 from mpq.measured_search import MeasuredSearch, Settings, Step
 from mpq.options import Option
 from mpq.paired_test import PairedTest, paired_test
 from mpq.plan import AskedBudget, Plan
 from mpq.planning import choices_of
+from mpq.shared_evaluator import SharedEvaluator
 from mpq.table_problem import build_problem
 from mpq.tables import CostTable
 
@@ -124,6 +126,8 @@ def refine(
     seconds: float | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
+    storage: Any = None,
+    study: str = "refine",
     evaluator: Evaluator | None = None,
     **settings: Any,
 ) -> Refinement:
@@ -149,6 +153,11 @@ def refine(
         seconds: no measurement is begun later.
         seed: of everything random.
         cache: a folder for finished measurements: a search that was killed goes on there, and ends where it would have.
+        storage: where workers share their measurements: a path of a journal file, a URL such as
+            ``sqlite:///study.db``, or an Optuna storage. Make the same call in as many processes as there are machines
+            for: they measure the plans of one search together and end with the same plan; one that dies loses nothing
+            (`mpq.shared_evaluator`).
+        study: its name there.
         evaluator: an `Evaluator` to go on with; then data, task, quantizer, limits and cache are its own.
         **settings: fields of `mpq.measured_search.Settings`: offspring, patience, level, kbest, draws, ...
 
@@ -173,19 +182,29 @@ def refine(
     labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
     problem = build_problem(table, limits, "sensitivity", labels, {})
     if evaluator is None:
-        evaluator = Evaluator(
-            model, data, table, task=task, quantizer=quantizer, cache=cache, seconds=seconds, seed=seed,
-            evaluations=EVALUATIONS if evaluations is None and seconds is None else evaluations,
-        )  # fmt: skip
+        most = EVALUATIONS if evaluations is None and seconds is None else evaluations
+        how: dict[str, Any] = {"task": task, "quantizer": quantizer, "cache": cache, "seconds": seconds, "seed": seed}
+        if storage is None:
+            evaluator = Evaluator(model, data, table, evaluations=most, **how)
+        else:
+            evaluator = SharedEvaluator(model, data, table, evaluations=most, storage=storage, study=study, **how)
     if start is None:
         start = import_module("mpq.solvers").solve(problem, "auto").choices
     if not problem.is_feasible(start):
         raise ValueError(f"the plan to refine does not keep the budgets: {problem.violations(start) or 'pins, ties'}")
-    search = MeasuredSearch(evaluator, problem, Settings(**settings), np.random.default_rng(seed))
+    rng, asked = np.random.default_rng(seed), Settings(**settings)
+    levels = None
+    if table.granularity != "layer" and LayerLevels.fit(problem):
+        names = tuple(layer.name for layer in table.layers)
+        levels = LayerLevels(problem, np.asarray(table.layer_index), np.asarray(start), names=names)
+        search = MeasuredSearch(LevelEvaluator(evaluator, levels), levels.problem, asked, rng)
+    else:
+        search = MeasuredSearch(evaluator, problem, asked, rng)
     try:
-        best, stopped = search.run(start)
+        best, stopped = search.run(start if levels is None else levels.middle)
     except Exhausted as end:
         best, stopped = search.incumbent, str(end)
+    best = best if levels is None else levels.expanded(best)
     return _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, quantizer, stopped))
 
 

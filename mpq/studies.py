@@ -155,6 +155,14 @@ class SharedStudy:
         trial.set_user_attr(PLAN, [plan, origin, self.worker])
         return Proposal(trial, plan, origin)
 
+    def is_held_twice(self, proposal: Proposal) -> bool:
+        """Whether another worker has the same plan: each signs before it looks, so one of the two sees it, or both."""
+        from optuna.trial import TrialState
+
+        lost = (TrialState.FAIL, TrialState.WAITING)
+        held = [trial for trial in self.trials() if trial.state not in lost and PLAN in trial.user_attrs]
+        return [_plan_of(trial)[0] for trial in held].count(proposal.plan) > 1
+
     # -- results -----------------------------------------------------------------------------------------------------
 
     def tell(self, proposal: Proposal, values: Sequence[float], figures: Sequence[float]) -> None:

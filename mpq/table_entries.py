@@ -22,7 +22,7 @@ def entries_of(table: CostTable, choices: NDArray[np.int64]) -> tuple[Entry, ...
     starts = np.searchsorted(table.layer_index[order], np.arange(len(table.layers) + 1))
     for position, layer in enumerate(table.layers):
         mine = order[starts[position] : starts[position + 1]]
-        if table.granularity == "layer":
+        if table.granularity == "layer" or (table.granularity == "experts" and layer.experts == 1):
             entries.append(Entry(layer, options[choices[mine[0]]]))
         else:
             columns = np.flatnonzero(table.allowed[mine].any(axis=0))

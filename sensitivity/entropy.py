@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.batches import batch_size, samples_in
+from mpq.expert_units import granularity_in
 from mpq.formats import Float, NumberFormat
 from mpq.layers import Layer, block_size
 from mpq.options import Option
@@ -194,11 +195,12 @@ def _of_weights(measurement: Measurement) -> ScoreArray:
 def _weight_scores(measurement: Measurement, layer: Layer) -> ScoreArray:
     rows = as_rows(layer_parameters(measurement.model, layer)[0].detach(), layer)
     exact = rows if rows.dtype == torch.float64 else rows.float()
-    owner = _unit_of_each_weight(layer, measurement.granularity)
+    cut = granularity_in(layer, measurement.granularity)
+    owner = _unit_of_each_weight(layer, cut)
 
     def entropy(fmt: NumberFormat) -> NDArray[np.float64]:
-        quantised = quantised_rows(exact, fmt, layer, measurement.granularity, measurement.quantizer)
-        codes = codes_of_weight(quantised.reshape(rows.shape[0], -1), fmt, measurement.granularity)
+        quantised = quantised_rows(exact, fmt, layer, cut, measurement.quantizer)
+        codes = codes_of_weight(quantised.reshape(rows.shape[0], -1), fmt, cut)
         return entropy_of_levels(codes.reshape(-1).cpu(), owner).numpy()
 
     reference = entropy(weight_format(Option("int8")))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.batches import Batch, samples_in
+from mpq.expert_units import granularity_in
 from mpq.layers import Layer
 from mpq.plan import weight_format
 from mpq.progress import track
@@ -197,7 +198,7 @@ def _relative_errors(measurement: Measurement, layer: Layer) -> ScoreArray:
             fmt = weight_format(option)
             quantised = quantised_rows(rows, fmt, layer, measurement.granularity, measurement.quantizer)
             error = (quantised.double() - rows.double()).square().reshape(layer.weight_shape[0], -1)
-            columns.append(sum_over_units(error, measurement.granularity).cpu().numpy() / energy)
+            columns.append(sum_over_units(error, granularity_in(layer, measurement.granularity)).cpu().numpy() / energy)
         else:
             columns.append(np.array([np.nan]))
     return np.stack(np.broadcast_arrays(*columns), axis=1) if len(columns) > 1 else columns[0][:, None]

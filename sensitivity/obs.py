@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpq.batches import samples_in
+from mpq.expert_units import granularity_in
 from mpq.plan import weight_format
 from mpq.progress import track
 from mpq.surgery import layer_parameters
@@ -101,6 +102,7 @@ class OBS:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(units, options) scores and standard errors of one layer."""
         layer = seen[0].layer
+        cut = granularity_in(layer, measurement.granularity)
         exact = as_rows(layer_parameters(measurement.model, layer)[0].detach(), layer).flatten(1).double()
         changes = {
             column: weights.rows(layer, weight_format(option)).flatten(1).double() - exact
@@ -113,7 +115,7 @@ class OBS:
             total = np.full((0, len(measurement.options)), np.nan)
             per_weight = price(exact, seen, kept)
             for column, change in changes.items():
-                units = sum_over_units(change.square() * per_weight, measurement.granularity).numpy()
+                units = sum_over_units(change.square() * per_weight, cut).numpy()
                 total = np.full((len(units), len(measurement.options)), np.nan) if not len(total) else total
                 total[:, column] = units
             return total

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.batches import batch_size, samples_in
+from mpq.expert_units import granularity_in
 from mpq.progress import track
 
 from .gradient_pass import Capture, Labels, captures_together, check_labels
@@ -139,7 +140,8 @@ def _moments(
         for row, estimator in enumerate(estimators):
             capture = captures[estimator.labels]
             positions = capture.positions.reshape(-1, 1, 1).float()
-            seen = SeenLayer(measurement.granularity, positions, by_labels[estimator.labels])
+            layer = measurement.network.layers[capture.position]
+            seen = SeenLayer(granularity_in(layer, measurement.granularity), positions, by_labels[estimator.labels])
             scores = estimator.sample_scores(seen).double().cpu()
             units = slice(first_unit[capture.position], first_unit[capture.position + 1])
             total[row, 0, units] += scores.sum(0)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.error_database import ErrorDatabase
+from mpq.expert_units import granularity_in
 from mpq.formats import Float, NumberFormat
 from mpq.layers import Layer, Network
 from mpq.plan import weight_format
@@ -73,5 +74,5 @@ def _of_format(measurement: Measurement, layer: Layer, rows: Tensor, fmt: Number
         quantizer = RoundToNearest()
     quantised = quantised_rows(rows, fmt, layer, granularity, quantizer)
     error = (quantised - rows).double().square().reshape(layer.weight_shape[0], -1)
-    errors: Errors = sum_over_units(error, granularity).cpu().numpy()
+    errors: Errors = sum_over_units(error, granularity_in(layer, granularity)).cpu().numpy()
     return errors

@@ -14,6 +14,7 @@ from mpq.drops import drop_of
 from mpq.evaluator import Evaluator, Exhausted
 from mpq.fake_quantize import fake_quantize
 from mpq.formats import parse
+from mpq.plan_keys import key_of
 from mpq.quantizer import RoundToNearest
 from mpq.surgery import layer_parameters
 from mpq.tasks import CustomLoss, Distribution, Features, Outputs
@@ -175,7 +176,7 @@ def test_budget_of_evaluations(table):
     with pytest.raises(Exhausted, match=r"1\.5 evaluations"):
         evaluator.measure(third, 1)
     assert evaluator.measure(first).samples == 32  # what is known costs nothing
-    assert set(evaluator.measured) == {plan.astype(np.int64).tobytes() for plan in (first, second)}
+    assert set(evaluator.measured) == {key_of(plan) for plan in (first, second)}
     assert Evaluator(cnn(), images(4, 8), table).left == math.inf
 
 
@@ -215,6 +216,21 @@ def test_cache_goes_on_with_part_of_a_plan(table, tmp_path):
     whole = evaluator.measure(choices)
     assert evaluator.runs == 32 - part.samples
     assert np.array_equal(whole.per_sample, Evaluator(cnn(), images(4, 8), table).measure(choices).per_sample)
+
+
+def test_frontier_of_plans_measured_on_a_part(table):
+    evaluator = Evaluator(cnn(), images(4, 16), table)
+    plans = [np.full(len(table.units), option) for option in range(3)]
+    for plan, samples in zip(plans, (64, 32, 16), strict=True):
+        evaluator.measure(plan, samples)
+    assert [len(evaluator.frontier("size", samples)) for samples in (None, 64, 32, 10)] == [1, 1, 2, 3]
+    front, before = evaluator.frontier("size", 32), evaluator.spent
+    expected = [evaluator.measure(plan, 32).divergence for plan in plans[:2]]
+    assert front.objective.tolist() == pytest.approx(expected)
+    assert front.provenance["samples"] == 32
+    assert evaluator.spent == before
+    with pytest.raises(ValueError, match="on 65 samples: .* samples=64 at most"):
+        evaluator.frontier("size", 65)
 
 
 def test_frontier_is_what_no_other_beats(table):

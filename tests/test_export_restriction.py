@@ -44,6 +44,14 @@ def test_a_layer_without_an_option_left_is_named_before_anything_is_measured():
         mpq.search(MODEL, X, ["int4@group32"], {"size": "40%"}, target="quanto", progress=False)
 
 
+def test_budgets_that_only_a_refused_option_would_keep_say_which_and_why():
+    with pytest.raises(
+        mpq.InfeasibleError, match="can be reached.*refused: int4@group32 in 2 layers .quanto: "
+    ) as told:
+        mpq.search(MODEL, X, ["int4@group32", "int8"], {"size": "20%"}, target="quanto", progress=False)
+    assert told.value.reachable["size"] > told.value.budgets["size"]
+
+
 def test_an_unknown_library_is_told():
     priced = price(MODEL, X, SearchSpace(OPTIONS))
     with pytest.raises(ValueError, match="export target 'quantoo' is not known"):

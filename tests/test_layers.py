@@ -192,7 +192,7 @@ def test_no_layers_no_units():
     "granularity", ["", "row", "rows:", "rows:0", "groups", "groups:-1", "groups:0", "layers", "rows:2.5", None, 16]
 )
 def test_bad_granularity_is_refused_with_the_rule(granularity):
-    with pytest.raises(ValueError, match=r"granularity must be 'layer', 'rows', 'rows:N'.*got "):
+    with pytest.raises(ValueError, match=r"granularity must be 'layer', 'experts', 'rows', 'rows:N'.*got "):
         NETWORK.units(granularity)
 
 

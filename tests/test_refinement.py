@@ -10,11 +10,13 @@ import torch
 from small_models import cnn, images
 
 import mpq
+from mpq import learned_scores
 from mpq.accuracy_constraint import _with_one_lost, smallest
 from mpq.evaluator import Evaluator, Exhausted, Measurement
 from mpq.learned_scores import LearnedScores
-from mpq.measured_search import MeasuredSearch, Settings
+from mpq.measured_search import MeasuredSearch, Settings, errors_of
 from mpq.paired_test import paired_test, student_quantile, student_tail
+from mpq.plan_keys import choices_of_key, key_of
 from mpq.refinement import refine
 from mpq.tasks import Distribution
 
@@ -37,7 +39,7 @@ class Fake:
 
     def measure(self, choices, samples=None):
         choices = np.asarray(choices, dtype=np.int64)
-        key, count = choices.tobytes(), self.samples if samples is None else min(samples, self.samples)
+        key, count = key_of(choices), self.samples if samples is None else min(samples, self.samples)
         before = self.measured[key].samples if key in self.measured else 0
         if count > before:
             if self.spent + (count - before) / self.samples > self.evaluations:
@@ -46,6 +48,9 @@ class Fake:
             self.calls.append((key, before, count))
             self.measured[key] = Measurement.of(self._values(choices)[:count])
         return Measurement.of(self.measured[key].per_sample[:count])
+
+    def measure_all(self, plans, samples=None):
+        return [self.measure(plan, samples) for plan in plans]
 
     def _values(self, choices):
         seed = np.frombuffer(choices.tobytes(), dtype=np.uint8).tolist()
@@ -134,7 +139,7 @@ def test_every_plan_measured_keeps_the_budget_and_none_is_measured_twice():
     problem = problem_of(truth * 1.0, sizes, ties=[(0, 1), (5, 6, 7)])
     evaluator = Fake(additive(truth_of(seed=4)))
     search_of(evaluator, problem, patience=3).run(mpq.solvers.solve(problem).choices)
-    plans = [np.frombuffer(key, dtype=np.int64) for key in evaluator.measured]
+    plans = [choices_of_key(key) for key in evaluator.measured]
     assert len(plans) > 50
     assert all(problem.is_feasible(plan) for plan in plans)
     spans = sorted(evaluator.calls)
@@ -178,26 +183,59 @@ def noisy(seed, evaluator):
     return values
 
 
-def test_posterior_is_bayes_rule_written_out():
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 1.0), (0.3, 0.5, 0.2)])
+def test_posterior_is_bayes_rule_written_out(shares, monkeypatch):
     """Posterior mean of the scores, against the dense formula over every (unit, option)."""
+    monkeypatch.setattr(learned_scores, "SHARES", (shares,))
     rng = np.random.default_rng(0)
     scores, plans = truth_of(4), rng.integers(0, 5, (15, 4))
     values = additive_of(truth_of(4, seed=2), plans)
-    found = LearnedScores(scores, np.zeros_like(scores)).learned(list(plans), values, np.full(15, 1e-3))
+    factors = learned_scores.alike(["0.up", "0.down", "1.up", "head"])
+    found = LearnedScores(scores, np.zeros_like(scores), factors).learned(list(plans), values, np.full(15, 1e-3))
     onehot = np.zeros((15, 4 * 5 + 1))
     for row, plan in enumerate(found.plans):
         onehot[row, [5 * unit + option for unit, option in enumerate(plan)]] = 1
         onehot[row, -1] = 1
-    prior = np.append(found.spread.ravel() ** 2, found.level**2)
+    prior = np.zeros((21, 21))
+    prior[-1, -1] = found.level**2
+    for (row, (i, o)), (column, (j, p)) in itertools.product(enumerate(np.ndindex(4, 5)), repeat=2):
+        same = shares[0] * (factors[i] @ factors[j]) + shares[1] * (i == j) + shares[2] * (i == j and o == p)
+        prior[row, column] = found.spread[i, o] * found.spread[j, p] * same
     mean = np.append(found.mean.ravel(), 0)
-    covariance = onehot @ np.diag(prior) @ onehot.T
+    covariance = onehot @ prior @ onehot.T
     kernel = covariance + np.diag(found.noise**2 + 1e-9 * np.diag(covariance))
-    expected = mean + np.diag(prior) @ onehot.T @ np.linalg.solve(kernel, found.values - onehot @ mean)
+    expected = mean + prior @ onehot.T @ np.linalg.solve(kernel, found.values - onehot @ mean)
     assert found.expected.ravel() == pytest.approx(expected[:-1], rel=1e-6, abs=1e-12)
-    draws = np.array([found.drawn(rng).ravel() for _ in range(4000)])
-    spread = np.diag(prior) - np.diag(prior) @ onehot.T @ np.linalg.solve(kernel, onehot @ np.diag(prior))
+    draws = np.array([found.sampled(rng).ravel() for _ in range(4000)])
+    spread = prior - prior @ onehot.T @ np.linalg.solve(kernel, onehot @ prior)
     assert draws.mean(0) == pytest.approx(expected[:-1], abs=0.1 * found.spread.max())
     assert draws.std(0) == pytest.approx(np.sqrt(np.diag(spread))[:-1], rel=0.06)
+
+
+def test_drawn_scores_are_the_samples_but_never_below_zero():
+    scores, plans = truth_of(4), np.random.default_rng(0).integers(0, 5, (5, 4))
+    values = additive_of(truth_of(4, seed=2), plans)
+    found = LearnedScores(scores, np.zeros_like(scores)).learned(list(plans), values, np.zeros(5))
+    below = 0
+    for seed in range(50):
+        drawn, sampled = (draw(np.random.default_rng(seed)) for draw in (found.drawn, found.sampled))
+        assert (drawn > 0).all()
+        same = sampled >= found.mean
+        assert drawn[same].tolist() == sampled[same].tolist()
+        assert (sampled <= drawn)[~same].all()
+        assert (drawn < found.mean)[~same].all()
+        near = ~same & (sampled > 0.9 * found.mean)
+        assert drawn[near] == pytest.approx(sampled[near], rel=0.01)
+        below += (sampled < 0).sum()
+    assert below > 10
+
+
+def test_units_alike_are_of_one_kind_or_near():
+    names = [f"blocks.{block}.{part}" for block in range(6) for part in ("up", "down")]
+    common = (found := learned_scores.alike(names)) @ found.T
+    assert np.diag(common) == pytest.approx(1)
+    assert common[0, 2] > 0.7 > 0.55 > common[0, 10] > 0.45  # the same kind, near and far
+    assert common[0, 1] > 0.4 > 0.05 > common[0, 11]  # another kind, near and far
 
 
 def additive_of(scores, plans):
@@ -234,6 +272,35 @@ def test_paired_test_refuses():
         paired_test([1.0, 2.0], test="z")
     assert paired_test([-1.0]).p_value == 1
     assert paired_test([0.0, 0.0]).p_value == 1
+
+
+def test_errors_of_few_samples_are_drawn_to_the_usual_one():
+    rng = np.random.default_rng(0)
+    true = 0.02 + 0.1 * np.linspace(0, 1, 60)
+    counts = rng.choice([2, 3, 16], 60)
+    vectors = [10 * error + error * rng.standard_normal(n) for error, n in zip(true, counts, strict=True)]
+    own = np.array([vector.std(ddof=1) for vector in vectors]) / np.sqrt(counts)
+    wrong = [np.abs(np.log(found / (np.abs(true) / np.sqrt(counts)))) for found in (own, errors_of(vectors))]
+    assert wrong[1].max() < wrong[0].max() / 2
+    assert wrong[1].mean() < wrong[0].mean()
+    many = [rng.standard_normal(5000) for _ in range(3)]
+    assert errors_of(many) == pytest.approx([vector.std(ddof=1) / 5000**0.5 for vector in many], rel=0.01)
+    assert errors_of([np.zeros(3)]) == [0.0]
+
+
+def test_kinds_of_layers_that_the_table_gets_wrong_are_found_with_few_samples():
+    """40 layers of four kinds, two of them wrong by a factor; two samples a child at first."""
+    rng, kinds = np.random.default_rng(3), np.tile([3.0, 0.4, 1.0, 1.0], 10)
+    truth = truth_of(40, seed=3) * kinds[:, None]
+    table = truth / kinds[:, None] * np.exp(0.1 * rng.standard_normal((40, 1)))
+    problem = problem_of(table, layers=[f"{index // 4}.{'qkvo'[index % 4]}" for index in range(40)])
+    start = mpq.solvers.solve(problem).choices
+    loss, least = additive(truth), additive(truth)(mpq.solvers.solve(problem_of(truth)).choices)
+    evaluator = Fake(loss, samples=32, noise=0.02 * loss(start), evaluations=18)
+    search = search_of(evaluator, problem, kbest=2, offspring=8, patience=4, first=0.25)
+    with pytest.raises(Exhausted):
+        search.run(start)
+    assert loss(search.walker) - least < 0.25 * (loss(start) - least)  # .37 where layers have nothing in common
 
 
 # -- on a model --------------------------------------------------------------------------------------------------------

@@ -58,7 +58,6 @@ def test_stacks_of_matrices_are_cut_like_one_matrix(monkeypatch, tmp_path, granu
     stack = torch.randn(3, 33, 36, generator=torch.Generator().manual_seed(1))
     save_file({"experts.up": stack}, tmp_path / "a.safetensors")
     save_file({"experts.up": stack.flatten(0, 1).clone()}, tmp_path / "b.safetensors")
-    monkeypatch.setattr(checkpoint, "STACKED", 32)
     frames = [score_checkpoint(tmp_path / f"{x}.safetensors", ["int3", "int8"], granularity=granularity) for x in "ab"]
     monkeypatch.setattr(checkpoint, "CHUNK", 10**6)
     frames.append(score_checkpoint(tmp_path / "a.safetensors", ["int3", "int8"], granularity=granularity))

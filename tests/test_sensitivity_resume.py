@@ -172,7 +172,7 @@ CHANGES = {
 SETTINGS = {
     "fisher": [{"labels": "data"}],
     "kl": [{"base": "int8"}],
-    "hessian_trace": [{"probes": 3}, {"labels": "model"}, {"method": "block"}],
+    "hessian_trace": [{"probes": 3}, {"labels": "model"}, {"algorithm": "block"}],
 }
 
 

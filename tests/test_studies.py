@@ -360,6 +360,18 @@ def test_a_plan_is_taken_up_once_and_by_nobody_who_is_late(tmp_path):
         assert not second.queued()
 
 
+def test_a_plan_that_two_workers_propose_at_once_is_measured_by_one(tmp_path):
+    first, second = shared(tmp_path), shared(tmp_path)
+    with quiet():
+        mine, theirs = (one.sign(one.study.ask(), "a", "bred") for one in (first, second))
+        assert first.is_held_twice(mine)
+        first.give_back(mine)
+        assert not first.queued()  # the other has it
+        assert not second.is_held_twice(theirs)
+        second.give_back(theirs)
+        assert first.take().plan == "a"  # nobody had it any more
+
+
 def test_living_workers_keep_their_plans_and_others_come_back_in_time(tmp_path):
     worker, other = shared(tmp_path), shared(tmp_path, stale=0.0)
     with quiet(), worker.working():
