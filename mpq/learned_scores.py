@@ -174,18 +174,7 @@ class Posterior:
     evidence: float
 
     def drawn(self, rng: np.random.Generator) -> FloatArray:
-        """(units, options): scores as likely as any other given the measured plans, none of them below 0.
-
-        A normal error of a large score makes the coarsest format look free now and then, and an optimum of the draw
-        takes it. Where a draw θ is below the mean m > 0 it is m exp((θ - m) / m) instead, the same for small errors.
-        """
-        drawn = self.sampled(rng)
-        positive = np.where(self.mean > 0, self.mean, 1.0)
-        lowered = self.mean * np.exp(np.minimum(drawn - self.mean, 0.0) / positive)
-        return np.where((self.mean > 0) & (drawn < self.mean), lowered, drawn)
-
-    def sampled(self, rng: np.random.Generator) -> FloatArray:
-        """(units, options): a draw of the normal posterior."""
+        """(units, options): scores as likely as any other given the measured plans."""
         kinds, units, own = np.sqrt(self.shares)
         deviation = own * rng.standard_normal(self.mean.shape) + units * rng.standard_normal((len(self.mean), 1))
         deviation += kinds * (self.factors @ rng.standard_normal((self.factors.shape[1], 1)))

@@ -206,28 +206,10 @@ def test_posterior_is_bayes_rule_written_out(shares, monkeypatch):
     kernel = covariance + np.diag(found.noise**2 + 1e-9 * np.diag(covariance))
     expected = mean + prior @ onehot.T @ np.linalg.solve(kernel, found.values - onehot @ mean)
     assert found.expected.ravel() == pytest.approx(expected[:-1], rel=1e-6, abs=1e-12)
-    draws = np.array([found.sampled(rng).ravel() for _ in range(4000)])
+    draws = np.array([found.drawn(rng).ravel() for _ in range(4000)])
     spread = prior - prior @ onehot.T @ np.linalg.solve(kernel, onehot @ prior)
     assert draws.mean(0) == pytest.approx(expected[:-1], abs=0.1 * found.spread.max())
     assert draws.std(0) == pytest.approx(np.sqrt(np.diag(spread))[:-1], rel=0.06)
-
-
-def test_drawn_scores_are_the_samples_but_never_below_zero():
-    scores, plans = truth_of(4), np.random.default_rng(0).integers(0, 5, (5, 4))
-    values = additive_of(truth_of(4, seed=2), plans)
-    found = LearnedScores(scores, np.zeros_like(scores)).learned(list(plans), values, np.zeros(5))
-    below = 0
-    for seed in range(50):
-        drawn, sampled = (draw(np.random.default_rng(seed)) for draw in (found.drawn, found.sampled))
-        assert (drawn > 0).all()
-        same = sampled >= found.mean
-        assert drawn[same].tolist() == sampled[same].tolist()
-        assert (sampled <= drawn)[~same].all()
-        assert (drawn < found.mean)[~same].all()
-        near = ~same & (sampled > 0.9 * found.mean)
-        assert drawn[near] == pytest.approx(sampled[near], rel=0.01)
-        below += (sampled < 0).sum()
-    assert below > 10
 
 
 def test_units_alike_are_of_one_kind_or_near():
