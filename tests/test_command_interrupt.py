@@ -29,7 +29,7 @@ def load():
             time.sleep(float(os.environ.get("SLOW", "0")))
             return super().forward(x)
 
-    model = torch.nn.Sequential(Slow(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6), torch.nn.Linear(6, 3))
+    model = torch.nn.Sequential(Slow(4, 8), torch.nn.ReLU(), Slow(8, 6), Slow(6, 3))
     return model, (torch.randn(8, 4), torch.randint(0, 3, (8,)))
 """
 SEARCH = ["search", "slow.py:load", "--options", "int2,int3,int4,int5,int6,int8", "--budget", "size=50%"]
@@ -37,7 +37,7 @@ SEARCH = ["search", "slow.py:load", "--options", "int2,int3,int4,int5,int6,int8"
 
 def interrupted(folder, *arguments):
     """Send SIGINT to a real process once two pieces are kept and the measurement goes on."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(mpq.__file__).parents[1]), "SLOW": "0.1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(mpq.__file__).parents[1]), "SLOW": "0.4"}
     command = [sys.executable, "-c", "from mpq.__main__ import main; main(prog_name='mpq')", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
