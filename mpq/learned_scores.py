@@ -21,6 +21,7 @@ KNOTS = 4  # of the factor that changes slowly from the first unit to the last
 MOST = 300  # plans that are learned from, the best ones
 Shares = tuple[float, float, float]
 _FLOOR = 0.02  # of a plan's mean score: no score is known better than that
+_LEAST_EXPLORED = 0.2  # of the table's scaled score
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +182,11 @@ class Posterior:
         scores = self.mean + self.spread * deviation
         constant = self.level * rng.standard_normal()
         return self._corrected(scores, constant, self.noise * rng.standard_normal(len(self.values)))
+
+    def explored(self, rng: np.random.Generator) -> FloatArray:
+        """(units, options): a draw, but no score below a fifth of the table's: what looks free is chosen everywhere."""
+        draw = self.drawn(rng)
+        return np.where(self.mean > 0, np.maximum(draw, _LEAST_EXPLORED * self.mean), draw)
 
     @property
     def expected(self) -> FloatArray:

@@ -230,7 +230,7 @@ class MeasuredSearch:
         for position in range(3 * settings.offspring):
             if len(children) >= settings.offspring:
                 break
-            drawn = posterior.drawn(self.rng)
+            drawn = posterior.explored(self.rng)
             child = self._optimum(drawn) if position % 3 == 0 else self._switched(drawn)
             if child is not None and child.tobytes() not in self.tried:
                 children[child.tobytes()] = child

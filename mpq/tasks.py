@@ -15,7 +15,7 @@ from mpq.batches import Batch, batch_size, call, model_inputs, split_batch, tens
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 IGNORED = -100  # the label that cross entropy leaves out
-_DRAWN_AT_ONCE = 2**17  # probabilities: their sums stay in a CPU's cache
+_AT_ONCE = 2**17  # probabilities: what is made of them stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,10 @@ class Distribution:
 
     def position_divergences(self, reference: Outputs, outputs: Outputs) -> Tensor:
         """(all positions,) of KL(reference || outputs) in nats, masked ones included."""
-        log_p = _flat(reference.values).double().log_softmax(-1)
-        log_q = _flat(outputs.values).double().log_softmax(-1)
-        terms = functional.kl_div(log_q, log_p, log_target=True, reduction="none")
-        kl: Tensor = terms.masked_fill(log_p.isneginf(), 0).sum(-1)  # 0 log 0 = 0: classes the model rules out
-        return kl.clamp_min(0)
+        exact, other = _flat(reference.values), _flat(outputs.values)
+        rows = max(1, _AT_ONCE // exact.shape[-1])
+        parts = zip(torch.split(exact, rows), torch.split(other, rows), strict=True)
+        return torch.cat([_divergence(p, q) for p, q in parts])
 
     def correct(self, outputs: Outputs) -> Tensor | None:
         """(all positions,) where the most likely class is the label, or None where the data has none."""
@@ -246,7 +245,7 @@ def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     """
     uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
     labels = torch.empty(len(logits), dtype=torch.long)
-    rows = max(1, _DRAWN_AT_ONCE // logits.shape[-1])
+    rows = max(1, _AT_ONCE // logits.shape[-1])
     for part, below, found in zip(*(torch.split(part, rows) for part in (logits, uniform, labels)), strict=True):
         reached = part.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
         found.copy_(torch.searchsorted(reached, below * reached[:, -1:], right=True).squeeze(1))
@@ -311,6 +310,14 @@ def _single(values: Tensor) -> Tensor:
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def _divergence(exact: Tensor, other: Tensor) -> Tensor:
+    """(positions,) of KL(softmax(exact) || softmax(other)) in float64."""
+    log_p, log_q = exact.double().log_softmax(-1), other.double().log_softmax(-1)
+    terms = log_p.exp() * (log_p - log_q)
+    kl: Tensor = terms.masked_fill_(log_p.isneginf(), 0).sum(-1)  # 0 log 0 = 0: classes the model rules out
+    return kl.clamp_min(0)
 
 
 def _mean_over_positions(per_position: Tensor, outputs: Outputs) -> Tensor:

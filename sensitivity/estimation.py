@@ -23,12 +23,16 @@ from mpq.task_choice import choose_task
 from mpq.tasks import LossFunction, Task
 
 from . import METHODS, available
+from .layer_runs import base_option
 from .measurement import Estimator, Measurement, Scores, check_ranks, check_weights
 from .method_choice import MethodChoice, choose_method
 from .one_pass import OnePassEstimator, run_together
+from .single_layer import SingleLayer, measured_together
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Together = Callable[[Sequence[Any], Measurement], Sequence[Scores]]
 
 
 def estimate(  # noqa: PLR0917 - the order is public
@@ -118,11 +122,12 @@ def estimate_together(
     progress: bool = True,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """`estimate` by several methods: those made of gradients share one forward a batch, the others run in turn.
+    """`estimate` by several methods: those that need the same runs of the model share them, the others run in turn.
 
     Fisher, full Fisher, output Fisher, first order and channel salience see the same gradients: there is one backward
     for those with the data's labels and one for those with labels drawn from the model, and every weight is quantised
-    once for all of them. The scores are those of each method on its own.
+    once for all of them. KL, loss, output MSE and SQNR on the same base compare the same outputs. The scores are those
+    of each method on its own.
 
     Args:
         model: this and all arguments that are not named otherwise: as in `estimate`.
@@ -173,19 +178,32 @@ def estimate_together(
             ranks=Ranks.current(),
         )
         estimators = _named_estimators(methods, settings or {}, measurement, space)
-        one_pass = {name: each for name, each in estimators.items() if isinstance(each, OnePassEstimator)}
-        shared = {name: each for name, each in one_pass.items() if each.shares_pass}
         scores: dict[str, Scores] = {}
-        if shared:
-            together = tuple(shared.values())
-            scores |= zip(shared, run_together(together, _with_pieces(measurement, cache, together)), strict=True)
-        for name in (name for name in estimators if name not in shared):  # in the same order on every rank
-            scores[name] = estimators[name](_with_pieces(measurement, cache, (estimators[name],)))
+        for run, group in _groups(estimators):  # in the same order on every rank
+            together = tuple(group.values())
+            scores |= zip(group, run(together, _with_pieces(measurement, cache, together)), strict=True)
         index = _index(measurement)
         frames = {name: _frame(scores[name], each, measurement, index) for name, each in estimators.items()}
     if "auto" in frames:
         frames["auto"].attrs["why"] = choose_method(network, space, samples_in(batches), granularity).why
     return frames
+
+
+def _groups(estimators: Mapping[str, Estimator]) -> list[tuple[Together, dict[str, Estimator]]]:
+    """What runs together, and by what: methods that share gradients, measured ones of the same base, others alone."""
+    groups: dict[tuple[Together, Any], dict[str, Estimator]] = {}
+    for name, each in estimators.items():
+        key: tuple[Together, Any] = (_alone, name)
+        if isinstance(each, OnePassEstimator) and each.shares_pass:
+            key = run_together, "gradients"
+        elif isinstance(each, SingleLayer):
+            key = measured_together, base_option(each.base)
+        groups.setdefault(key, {})[name] = each
+    return [(run, group) for (run, _), group in groups.items()]
+
+
+def _alone(estimators: Sequence[Any], measurement: Measurement) -> Sequence[Scores]:
+    return [estimator(measurement) for estimator in estimators]
 
 
 def _named_estimators(

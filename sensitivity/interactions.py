@@ -135,13 +135,11 @@ class Interactions:
         """(2, layers, options) sums over samples, and of squares: a layer's option alone, and with each of `others`."""
         first, option = chosen
         measurement, runs = on_batch.runs.measurement, on_batch.runs
-        layers, options, task = measurement.network.layers, measurement.options, measurement.task
+        layers, options = measurement.network.layers, measurement.options
         sums = np.zeros((2, len(layers), len(options)))
-        distance = partial(self._measure.distance, task)
-        before = on_batch.distance_at_base(distance)
 
         def increase(outputs: Outputs) -> tuple[float, float]:
-            added = distance(on_batch.exact, outputs).double() - before
+            added = on_batch.increase(self._measure, outputs)
             return float(added.sum()), float(added.square().sum())
 
         on_batch.recorded.verify(layers[first])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from mpq.layers import Layer
 from mpq.options import Option
 from mpq.plan import weight_format
 from mpq.surgery import layer_parameters, quantised_input, swapped_data
-from mpq.tasks import Outputs
+from mpq.tasks import Outputs, Task
 
 from .measurement import Measurement
 from .prefix_reuse import PrefixReuse, Recorded
@@ -37,6 +37,13 @@ def base_option(base: str | Option) -> Option | None:
     if option.weight is None:
         raise ValueError(f"base must be 'full' or an option with a weight format, such as 'int8', got {str(option)!r}")
     return option
+
+
+class Distance(Hashable, Protocol):
+    """What is compared: a measured method."""
+
+    def distance(self, task: Task, exact: Outputs, outputs: Outputs) -> Tensor:
+        """(samples,) how far outputs are from those in full precision."""
 
 
 class LayerRuns:
@@ -117,7 +124,7 @@ class BatchRuns:
 
     def __init__(self, runs: LayerRuns, batch: Any) -> None:
         self.runs = runs
-        self._at_base: Tensor | None = None
+        self._at_base: dict[Distance, Tensor] = {}
         self._run = partial(runs.measurement.task.run, runs.measurement.model, batch)
 
     @cached_property
@@ -130,11 +137,12 @@ class BatchRuns:
         """The runs at base precision."""
         return self.record()
 
-    def distance_at_base(self, distance: Callable[[Outputs, Outputs], Tensor]) -> Tensor:
-        """(samples,) distance between outputs in full precision and at base, measured once."""
-        if self._at_base is None:
-            self._at_base = distance(self.exact, self.recorded.reference).double()
-        return self._at_base
+    def increase(self, method: Distance, outputs: Outputs) -> Tensor:
+        """(samples,) by how much outputs are farther from full precision than those at base are."""
+        task, exact = self.runs.measurement.task, self.exact
+        if method not in self._at_base:
+            self._at_base[method] = method.distance(task, exact, self.recorded.reference).double()
+        return method.distance(task, exact, outputs).double() - self._at_base[method]
 
     def record(self) -> Recorded:
         """The runs of the model as it now stands."""

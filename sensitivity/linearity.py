@@ -133,9 +133,7 @@ class Linearity:
     def _layer(self, on_batch: BatchRuns, index: int) -> NDArray[np.float64]:
         """(2, points + 2): t² and summed increases; then the sums of the samples' slopes and of their squares."""
         measurement, runs = on_batch.runs.measurement, on_batch.runs
-        layer, task = measurement.network.layers[index], measurement.task
-        distance, recorded = partial(self._measure.distance, task), on_batch.recorded
-        before = on_batch.distance_at_base(distance)
+        layer, recorded = measurement.network.layers[index], on_batch.recorded
         weight = layer_parameters(measurement.model, layer)[0].detach()
         generator = torch.Generator().manual_seed(hash((measurement.seed, index)))
         recorded.verify(layer)
@@ -144,7 +142,7 @@ class Linearity:
             noisy = with_noise(weight, level, generator)
             squares.append(_relative(noisy, weight))
             with runs.changed(layer, noisy, None):
-                added.append((distance(on_batch.exact, recorded.outputs(layer)).double() - before).cpu())
+                added.append(on_batch.increase(self._measure, recorded.outputs(layer)).cpu())
         table = torch.stack(added).numpy()  # (points, samples)
         slopes = fit_through_zero(np.array(squares), table.T)[0]
         return np.array([[*squares, slopes.sum(), (slopes**2).sum()], [*table.sum(1), 0, 0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -61,51 +62,66 @@ class SingleLayer:
         Raises:
             ValueError: if units are finer than layers: a pass each would take for ever.
         """
-        name = type(self).__name__
-        if measurement.granularity != "layer":
-            raise ValueError(
-                f"{name} measures whole layers, got granularity {measurement.granularity!r}: "
-                "use output_fisher (rows) or weight_error"
-            )
-        layers = measurement.network.layers
-        runs = LayerRuns(measurement, base_option(self.base), self.keep_bytes)
-        total = np.zeros((len(layers), 2, len(measurement.options)))
-        steps = [(batch, layer) for batch in range(len(measurement.batches)) for layer in range(len(layers))]
-        on_batch = lru_cache(maxsize=1)(lambda batch: BatchRuns(runs, measurement.batches[batch]))
+        return measured_together([self], measurement)[0]
 
-        def sums_of(step: tuple[int, int]) -> NDArray[np.float64]:
-            batch, layer = step[0], layers[step[1]]
-            piece = partial(self._sums, on_batch(batch), layer)
-            return measurement.pieces.get(f"batch {batch}: {layer.name}", piece)
 
-        with torch.no_grad():
-            shown = track(steps, f"measured {name}", shown=measurement.progress)
-            for (_, index), sums in zip(shown, measurement.ranks.shared(steps, sums_of), strict=True):
-                total[index] += sums
-        mean, error = mean_and_error_of_sums(total, samples_in(measurement.batches))
-        return Scores(mean, error, self.measured_in(measurement.task))
+def measured_together(methods: Sequence[SingleLayer], measurement: Measurement) -> list[Scores]:
+    """Scores of several methods from the same runs: outputs are compared in as many ways as there are methods.
 
-    def _sums(self, on_batch: BatchRuns, layer: Layer) -> NDArray[np.float64]:
-        """(2, options): sums over the batch's samples of the differences and of their squares."""
-        runs, task = on_batch.runs, on_batch.runs.measurement.task
-        sums = np.full((2, len(runs.measurement.options)), np.nan)
-        distance = partial(self.distance, task)
-        exact = on_batch.exact
-        with runs.at_base():
-            at_base = on_batch.distance_at_base(distance)
-            on_batch.recorded.verify(layer)
-            for column, option in enumerate(runs.measurement.options):
-                if not runs.measurement.is_candidate(layer, option):
-                    continue
-                weight = runs.weight(layer, option)
-                if runs.is_unchanged(layer, option, weight):
-                    sums[:, column] = 0
-                    continue
-                with runs.changed(layer, weight, option.activation):
-                    outputs = on_batch.recorded.outputs(layer)
-                difference = distance(exact, outputs).double() - at_base
-                sums[:, column] = float(difference.sum()), float(difference.square().sum())
-        return sums
+    Args:
+        methods: all with the same `base`; of `keep_bytes` the largest holds.
+        measurement: of what.
+
+    Raises:
+        ValueError: if units are finer than layers, or bases differ.
+    """
+    if len({base_option(method.base) for method in methods}) > 1:
+        raise ValueError(f"methods must have one base, got {', '.join(str(method.base) for method in methods)}")
+    names = " ".join(type(method).__name__ for method in methods)
+    if measurement.granularity != "layer":
+        raise ValueError(
+            f"{names} measures whole layers, got granularity {measurement.granularity!r}: "
+            "use output_fisher (rows) or weight_error"
+        )
+    layers = measurement.network.layers
+    runs = LayerRuns(measurement, base_option(methods[0].base), max(method.keep_bytes for method in methods))
+    total = np.zeros((len(layers), len(methods), 2, len(measurement.options)))
+    steps = [(batch, layer) for batch in range(len(measurement.batches)) for layer in range(len(layers))]
+    on_batch = lru_cache(maxsize=1)(lambda batch: BatchRuns(runs, measurement.batches[batch]))
+
+    def sums_of(step: tuple[int, int]) -> NDArray[np.float64]:
+        batch, layer = step[0], layers[step[1]]
+        return measurement.pieces.get(f"batch {batch}: {layer.name}", partial(_sums, methods, on_batch(batch), layer))
+
+    with torch.no_grad():
+        shown = track(steps, f"measured {names}", shown=measurement.progress)
+        for (_, index), sums in zip(shown, measurement.ranks.shared(steps, sums_of), strict=True):
+            total[index] += sums
+    mean, error = mean_and_error_of_sums(total, samples_in(measurement.batches))
+    measures = [method.measured_in(measurement.task) for method in methods]
+    return [Scores(mean[:, place], error[:, place], measure) for place, measure in enumerate(measures)]
+
+
+def _sums(methods: Sequence[SingleLayer], on_batch: BatchRuns, layer: Layer) -> NDArray[np.float64]:
+    """(methods, 2, options): sums over the batch's samples of the differences and of their squares."""
+    runs = on_batch.runs
+    sums = np.full((len(methods), 2, len(runs.measurement.options)), np.nan)
+    on_batch.exact  # noqa: B018 - in full precision, so before the base
+    with runs.at_base():
+        on_batch.recorded.verify(layer)
+        for column, option in enumerate(runs.measurement.options):
+            if not runs.measurement.is_candidate(layer, option):
+                continue
+            weight = runs.weight(layer, option)
+            if runs.is_unchanged(layer, option, weight):
+                sums[..., column] = 0
+                continue
+            with runs.changed(layer, weight, option.activation):
+                outputs = on_batch.recorded.outputs(layer)
+            for place, method in enumerate(methods):
+                difference = on_batch.increase(method, outputs)
+                sums[place, :, column] = float(difference.sum()), float(difference.square().sum())
+    return sums
 
 
 def mean_and_error_of_sums(sums: NDArray[np.float64], samples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -212,6 +212,18 @@ def test_posterior_is_bayes_rule_written_out(shares, monkeypatch):
     assert draws.std(0) == pytest.approx(np.sqrt(np.diag(spread))[:-1], rel=0.06)
 
 
+def test_what_is_explored_is_a_draw_in_which_nothing_is_almost_free():
+    scores, plans = truth_of(6), np.random.default_rng(0).integers(0, 5, (10, 6))
+    values = additive_of(truth_of(6, seed=3), plans)
+    found = LearnedScores(scores, np.zeros_like(scores)).learned(list(plans), values, np.full(10, 1e-3))
+    draws = [np.random.default_rng(seed) for seed in range(100)]
+    drawn = np.array([found.drawn(rng) for rng in draws])
+    explored = np.array([found.explored(np.random.default_rng(seed)) for seed in range(100)])
+    assert (drawn < 0.2 * found.mean).any()
+    assert (explored >= 0.2 * found.mean).all()
+    assert explored == pytest.approx(np.maximum(drawn, 0.2 * found.mean))
+
+
 def test_units_alike_are_of_one_kind_or_near():
     names = [f"blocks.{block}.{part}" for block in range(6) for part in ("up", "down")]
     common = (found := learned_scores.alike(names)) @ found.T

@@ -98,6 +98,31 @@ def test_what_is_kept_changes_no_score(keep_bytes):
     assert all(one.equals(other) for one, other in zip(frames, kept, strict=True))
 
 
+def test_methods_of_one_base_share_the_runs_of_the_model():
+    model, data = cnn(), images()
+    space, network = SearchSpace(OPTIONS), mpq.trace(model, data[0][0])
+    names = ["kl", "loss", "output_mse", "sqnr"]
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+
+    def together(names, **settings):
+        runs.clear()
+        frames = mpq.sensitivity.estimate_together(
+            model, data, network, space, names, progress=False, settings=settings
+        )
+        return frames, len(runs)
+
+    frames, shared = together(names)
+    for name in names:
+        alone = estimate(model, data, name)
+        assert (frames[name].fillna(-1) == alone.fillna(-1)).all(axis=None)
+        assert frames[name].attrs["measure"] == alone.attrs["measure"]
+    assert together(["kl"])[1] == shared
+    frames, apart = together(["kl", "loss"], loss={"base": "int8"})
+    assert apart > 1.8 * shared
+    assert (frames["loss"].fillna(-1) == estimate(model, data, "loss", base="int8").fillna(-1)).all(axis=None)
+
+
 def test_the_model_comes_back_with_a_base_too():
     model = cnn().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

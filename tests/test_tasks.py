@@ -82,7 +82,7 @@ def test_labels_are_drawn_in_the_proportions_of_the_softmax():
 def test_labels_are_where_a_walk_over_the_classes_ends(monkeypatch):
     logits = torch.randn(23, 7)
     logits[::3, [0, 4, 6]] = -math.inf
-    monkeypatch.setattr("mpq.tasks._DRAWN_AT_ONCE", 7 * 5)  # four chunks of rows and a short one
+    monkeypatch.setattr("mpq.tasks._AT_ONCE", 7 * 5)  # four chunks of rows and a short one
     found = drawn_labels(logits, torch.Generator().manual_seed(8))
     uniform = torch.rand(23, 1, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     for row, label in enumerate(found.tolist()):
@@ -202,6 +202,18 @@ def test_losses_of_half_precision_models_are_not_rounded_to_half_precision(dtype
     torch.testing.assert_close(losses, functional.cross_entropy(logits.float(), labels, reduction="none"))
     large = (1e3 * torch.ones(1, 10**4)).half()
     assert Features().sampled_losses(Outputs(large), torch.Generator().manual_seed(0)).isfinite().all()
+
+
+def test_divergences_made_row_by_row_are_those_of_torch(monkeypatch):
+    torch.manual_seed(0)
+    p, q = torch.randn(3, 5, 7) * 4, torch.randn(3, 5, 7) * 4
+    p[0, 0, 2] = -torch.inf
+    exact = p.double().softmax(-1)
+    terms = torch.where(exact > 0, exact * (p.double().log_softmax(-1) - q.double().log_softmax(-1)), 0.0)
+    for size in (1, 7 * 4, 2**17):
+        monkeypatch.setattr("mpq.tasks._AT_ONCE", size)
+        found = Distribution().divergence(Outputs(p), Outputs(q))
+        torch.testing.assert_close(found, terms.sum(-1).mean(1), rtol=1e-12, atol=1e-15)
 
 
 def test_ruled_out_classes_and_padding_without_numbers_do_not_spoil_a_divergence():

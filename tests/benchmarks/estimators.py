@@ -3,7 +3,8 @@
     python tests/benchmarks/estimators.py net.py:load --holdout net.py:holdout --budget "3 bits values" --folder results
 
 Random plans around every budget are drawn once and measured once on held-out data. Then every estimator scores the
-calibration data in a process of its own, stopped after `--seconds` of CPU time, and its table is judged twice: by
+calibration data in a process of its own (`kl+loss` in one for both, which share their runs and have one cost), stopped
+after `--seconds` of CPU time, and its table is judged twice: by
 Spearman's ρ of predicted against measured random plans, and by the measured divergence of the plan that it leads to,
 next to the best uniform precision at that budget. A method may have settings, `fisher:labels=data`. CPU seconds are of
 all threads, for scores alone; memory is the peak of the whole process while it scores (Linux). The folder keeps tables
@@ -31,7 +32,7 @@ from mpq.options import SearchSpace
 from mpq.pipeline import price
 from mpq.plan import Plan, uniform_plan
 from mpq.rank_correlation import spearman
-from mpq.sensitivity import additivity, available, estimate
+from mpq.sensitivity import additivity, available, estimate_together
 from mpq.table_entries import entries_of
 from mpq.tables import CostTable
 
@@ -75,45 +76,45 @@ def settings_of(method: str) -> tuple[str, dict[str, Any]]:
     return name, {key: int(value) if value.isdigit() else value for key, value in pairs}
 
 
-def score(bench: Bench, method: str) -> None:
-    """Score in this process, and write the table with what it cost in its provenance."""
+def score(bench: Bench, methods: list[str]) -> None:
+    """Score in this process, and write the tables with what they cost together in their provenance."""
     source = bench.source()
     priced = price(source.model, source.data, bench.space)
-    name, settings = settings_of(method)
-    given = {"method": name, "task": source.task, "progress": False, **settings}
+    settings = dict(map(settings_of, methods))
     Path("/proc/self/clear_refs").write_text("5")
     start = time.process_time()
     limit = math.ceil(start + bench.seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    frame = estimate(source.model, source.data, priced.network, bench.space, **given)
+    given = {"task": source.task, "progress": False, "settings": settings}
+    frames = estimate_together(source.model, source.data, priced.network, bench.space, list(settings), **given)
     seconds = time.process_time() - start
     status = Path("/proc/self/status").read_text().splitlines()
     peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-    cost = {"seconds": seconds, "peak_bytes": peak}
-    table = priced.table({"sensitivity": frame, "sensitivity_se": frame}, frame.attrs["measure"], cost)
-    replace(table, pairs=frame.attrs.get("pairs", {})).save(table_file(bench, method))
+    cost = {"seconds": seconds, "peak_bytes": peak, "scored_with": len(methods)}
+    for method, frame in zip(methods, frames.values(), strict=True):
+        table = priced.table({"sensitivity": frame, "sensitivity_se": frame}, frame.attrs["measure"], cost)
+        replace(table, pairs=frame.attrs.get("pairs", {})).save(table_file(bench, method))
 
 
 def table_file(bench: Bench, method: str) -> Path:
     return bench.folder / f"{method.replace(':', '-')}.parquet"
 
 
-def scored(bench: Bench, method: str) -> CostTable | str:
-    """The method's table, or why there is none."""
-    reason = table_file(bench, method).with_suffix(".txt")
-    if reason.exists():
-        return reason.read_text()
-    if not table_file(bench, method).exists():
+def scored(bench: Bench, methods: list[str]) -> list[CostTable | str]:
+    """The methods' tables, or why there is none."""
+    files = [table_file(bench, method) for method in methods]
+    reason = files[0].with_suffix(".txt")
+    if not reason.exists() and not all(file.exists() for file in files):
         try:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                process.submit(score, bench, method).result()
+                process.submit(score, bench, methods).result()
         except BrokenProcessPool:
             reason.write_text(f"—, stopped after {bench.seconds:g} CPU s")
         except ValueError as error:
             reason.write_text(f"—, {str(error).splitlines()[0]}")
-        if reason.exists():
-            return reason.read_text()
-    return CostTable.load(table_file(bench, method))
+    if reason.exists():
+        return [reason.read_text()] * len(methods)
+    return [CostTable.load(file) for file in files]
 
 
 @dataclass
@@ -199,17 +200,21 @@ def main(methods: str | None, **given: Any) -> None:
     lines = [f"| method | CPU s | peak GB | {' | '.join(heads)} |", "|---" * (3 + 2 * len(trials)) + "|"]
     lines.append(f"| best uniform | | | {' | '.join(bars)} |")
     click.echo("\n".join(lines))
-    for method in methods.split() if methods else available():
-        table = scored(bench, method)
-        if isinstance(table, str):
-            cells = [table, "", *([""] * 2 * len(trials))]
-        else:
-            cost = table.provenance
-            cells = [f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e9:.2f}"]
-            cells += [cell for each in trials for cell in each.cells(table, judge)]
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
-        click.echo(lines[-1])
-        (bench.folder / "table.md").write_text("\n".join(lines) + "\n")
+    for group in methods.split() if methods else available():
+        for method, table in zip(group.split("+"), scored(bench, group.split("+")), strict=True):
+            lines.append(f"| `{method}` | {' | '.join(cells_of(table, trials, judge))} |")
+            click.echo(lines[-1])
+            (bench.folder / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def cells_of(table: CostTable | str, trials: list[Trial], judge: Judge) -> list[str]:
+    """What a row says of a method after its name."""
+    if isinstance(table, str):
+        return [table, "", *([""] * 2 * len(trials))]
+    cost = table.provenance
+    together = f" for all {cost['scored_with']}" if cost["scored_with"] > 1 else ""
+    cells = [f"{cost['seconds']:.1f}{together}", f"{cost['peak_bytes'] / 1e9:.2f}"]
+    return cells + [cell for each in trials for cell in each.cells(table, judge)]
 
 
 if __name__ == "__main__":
