@@ -15,16 +15,20 @@ from mpq.atomic import write_atomically
 from mpq.layers import Layer
 from mpq.surgery import owners
 
+_AND = ", "  # between the names of what was done one after the other
+
 
 @dataclass(frozen=True, eq=False)
 class Adjustment:
     """Tensors of a model by their names, made for one plan: corrected biases, tuned statistics, calibrated weights.
 
-    They are used inside `mpq.quantized`, whose weights they may replace; `plan.with_help(adjustment.name)` says so in
-    the plan:
+    They are used inside `mpq.quantized`, whose weights they may replace:
 
         with mpq.quantized(model, plan), correction.applied(model):
             ...
+
+    `plan.with_help(*adjustment.steps)` says in the plan what was done. `mpq.adjuster.Adjuster` makes several of them,
+    one after the other, for whatever plan.
 
     Args:
         name: what was done, such as ``bias correction``.
@@ -54,6 +58,23 @@ class Adjustment:
             for name, value in self.tensors.items():
                 stack.enter_context(_replaced(model, name, value))
             yield model
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was done, one name each: for `Plan.with_help`."""
+        return tuple(self.name.split(_AND))
+
+    def then(self, other: Adjustment) -> Adjustment:
+        """This and one that was made after it, as one; where both have a tensor it is the other's.
+
+        Example:
+            >>> import torch
+            >>> first, second = torch.zeros(1), torch.ones(1)
+            >>> both = Adjustment("AdaQuant", {"b": first}).then(Adjustment("bias correction", {"b": second}))
+            >>> both.name, both.steps, both.tensors["b"]
+            ('AdaQuant, bias correction', ('AdaQuant', 'bias correction'), tensor([1.]))
+        """
+        return Adjustment(f"{self.name}{_AND}{other.name}", {**self.tensors, **other.tensors})
 
     def save(self, path: str | Path) -> None:
         """Write it as safetensors, whole or not at all; its name is in the metadata."""

@@ -25,126 +25,167 @@ class CommaSeparated(click.types.StringParamType):
     name = "text"
 
 
-def decorated(command: Command, *decorators: Callable[[Command], Command]) -> Command:
-    """The command with arguments that its help lists in this order."""
-    for decorate in reversed(decorators):
-        command = decorate(command)
-    return command
+def together(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Arguments as one decorator; help lists them in this order."""
+
+    def decorate(command: Command) -> Command:
+        decorated: Command = command
+        for one in reversed(decorators):
+            decorated = one(decorated)
+        return decorated
+
+    return decorate
 
 
-def model_options(command: Command) -> Command:
-    """The arguments of every command that takes a model."""
-    return decorated(
-        command,
-        click.argument("model", shell_complete=completers.model),
-        data_options,
-    )
+data_options = together(
+    click.option(
+        "--data",
+        "text",
+        metavar="TEXT",
+        help="Text file that calibrates a transformers folder.",
+        shell_complete=completers.among((), files=".txt"),
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Windows of text to calibrate on; as many again are held out.",
+    ),
+    click.option(
+        "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens in a window of text."
+    ),
+    click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
+    click.option(
+        "--task",
+        metavar="TASK",
+        help="classification, causal-lm or features; chosen from the data by default.",
+        shell_complete=completers.task,
+    ),
+)
+"""The data of a model, where it does not bring its own, and the task."""
 
+model_options = together(click.argument("model", shell_complete=completers.model), data_options)
+"""The arguments of every command that takes a model."""
 
-def data_options(command: Command) -> Command:
-    """The data of a model, where it does not bring its own, and the task."""
-    return decorated(
-        command,
-        click.option(
-            "--data",
-            "text",
-            metavar="TEXT",
-            help="Text file that calibrates a transformers folder.",
-            shell_complete=completers.among((), files=".txt"),
-        ),
-        click.option(
-            "--samples",
-            type=click.IntRange(min=1),
-            default=16,
-            show_default=True,
-            help="Windows of text to calibrate on; as many again are held out.",
-        ),
-        click.option(
-            "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens in a window of text."
-        ),
-        click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
-        click.option(
-            "--task",
-            metavar="TASK",
-            help="classification, causal-lm or features; chosen from the data by default.",
-            shell_complete=completers.task,
-        ),
-    )
+pin_option = click.option(
+    "--pin",
+    "pins",
+    multiple=True,
+    metavar="PATTERN=OPTION",
+    help="Option that these layers take.",
+    shell_complete=completers.pin,
+)
 
+space_options = together(
+    click.option(
+        "--options",
+        type=CommaSeparated(),
+        metavar="FORMATS",
+        default="int2,int4,int8",
+        show_default=True,
+        help="Formats a layer may take: weight or weight/input, separated by commas.",
+        shell_complete=completers.option_list,
+    ),
+    pin_option,
+    click.option(
+        "--ties",
+        type=click.Choice(["auto", "none"]),
+        default="auto",
+        show_default=True,
+        help="auto: one option for projections that runtimes fuse and for convolutions whose outputs are added.",
+    ),
+    click.option(
+        "--sensitivity",
+        metavar="METHOD",
+        default="auto",
+        show_default=True,
+        help="Method of `mpq list`.",
+        shell_complete=completers.method,
+    ),
+    click.option(
+        "--granularity",
+        metavar="UNITS",
+        default="layer",
+        show_default=True,
+        help="What takes an option: layer, experts, rows:16, groups:64.",
+        shell_complete=completers.granularity,
+    ),
+)
+"""The arguments of every command that takes a search space."""
 
-def space_options(command: Command) -> Command:
-    """The arguments of every command that takes a search space."""
-    return decorated(
-        command,
-        click.option(
-            "--options",
-            type=CommaSeparated(),
-            metavar="FORMATS",
-            default="int2,int4,int8",
-            show_default=True,
-            help="Formats a layer may take: weight or weight/input, separated by commas.",
-            shell_complete=completers.option_list,
-        ),
-        pin_option,
-        click.option(
-            "--ties",
-            type=click.Choice(["auto", "none"]),
-            default="auto",
-            show_default=True,
-            help="auto: one option for projections that runtimes fuse and for convolutions whose outputs are added.",
-        ),
-        click.option(
-            "--sensitivity",
-            metavar="METHOD",
-            default="auto",
-            show_default=True,
-            help="Method of `mpq list`.",
-            shell_complete=completers.method,
-        ),
-        click.option(
-            "--granularity",
-            metavar="UNITS",
-            default="layer",
-            show_default=True,
-            help="What takes an option: layer, experts, rows:16, groups:64.",
-            shell_complete=completers.granularity,
-        ),
-    )
+run_options = together(
+    click.option(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="Device, for latency and energy: a name of `mpq list` or a file.",
+        shell_complete=completers.device,
+    ),
+    click.option(
+        "--target",
+        metavar="LIBRARY",
+        help="Only what this library of `mpq list` can hold: llama.cpp.",
+        shell_complete=completers.target,
+    ),
+    click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a pass."),
+    click.option(
+        "--phase",
+        type=click.Choice(["prefill", "decode"]),
+        help="Of a language model: all positions at once, as without it, or one a sample.",
+    ),
+    click.option(
+        "--context", type=click.IntRange(min=1), help="Positions in the cache that attention reads, in decode."
+    ),
+    click.option(
+        "--bops",
+        type=click.Choice(["hawq", "nncf", "additions"]),
+        default="hawq",
+        show_default=True,
+        help="How bit operations are counted: HAWQ's and qonnx's way, NNCF's, or with accumulators.",
+    ),
+)
+"""The arguments of every command that prices a run on a device."""
 
+quantizer_option = click.option(
+    "--quantizer",
+    metavar="NAME|FOLDER",
+    default="nearest",
+    show_default=True,
+    help="What rounds weights: nearest; gptq, which compensates by the calibration data; or a FOLDER of weights that "
+    "another program quantised. Give search and verify the one that is deployed.",
+    shell_complete=completers.quantizer,
+)
 
-def run_options(command: Command) -> Command:
-    """The arguments of every command that prices a run on a device."""
-    return decorated(
-        command,
-        click.option(
-            "--hardware",
-            metavar="NAME|FILE",
-            help="Device, for latency and energy: a name of `mpq list` or a file.",
-            shell_complete=completers.device,
-        ),
-        click.option(
-            "--target",
-            metavar="LIBRARY",
-            help="Only what this library of `mpq list` can hold: llama.cpp.",
-            shell_complete=completers.target,
-        ),
-        click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a pass."),
-        click.option(
-            "--phase",
-            type=click.Choice(["prefill", "decode"]),
-            help="Of a language model: all positions at once, as without it, or one a sample.",
-        ),
-        click.option(
-            "--context", type=click.IntRange(min=1), help="Positions in the cache that attention reads, in decode."
-        ),
-        click.option(
-            "--bops",
-            type=click.Choice(["hawq", "nncf", "additions"]),
-            default="hawq",
-            show_default=True,
-            help="How bit operations are counted: HAWQ's and qonnx's way, NNCF's, or with accumulators.",
-        ),
-    )
+adjust_option = click.option(
+    "--adjust",
+    "adjustments",
+    multiple=True,
+    metavar="NAME",
+    help="Done after quantising, on the calibration data, to the plan and to every baseline alike: adaquant, "
+    "bias-correction, batch-norm-tuning. Several may be given.",
+    shell_complete=completers.adjustment,
+)
+
+solver_option = click.option(
+    "--solver",
+    metavar="SOLVER",
+    default="auto",
+    show_default=True,
+    help="Solver of `mpq list`.",
+    shell_complete=completers.solver,
+)
+
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+
+cache_option = click.option(
+    "--cache",
+    metavar="FOLDER",
+    help="Keep finished measurements: after Ctrl-C the same command goes on there.",
+    shell_complete=completers.among((), files="/"),
+)
+
+measure_options = together(space_options, run_options, quantizer_option, seed_option, cache_option)
+"""The arguments of every command that measures a table."""
 
 
 def budget_option(help_text: str, *, required: bool = True) -> Callable[[Command], Command]:
@@ -158,45 +199,6 @@ def budget_option(help_text: str, *, required: bool = True) -> Callable[[Command
         help=help_text,
         shell_complete=completers.budget,
     )
-
-
-def pin_option(command: Command) -> Command:
-    """`--pin PATTERN=OPTION`."""
-    return click.option(
-        "--pin",
-        "pins",
-        multiple=True,
-        metavar="PATTERN=OPTION",
-        help="Option that these layers take.",
-        shell_complete=completers.pin,
-    )(command)
-
-
-def solver_option(command: Command) -> Command:
-    """`--solver NAME`."""
-    return click.option(
-        "--solver",
-        metavar="SOLVER",
-        default="auto",
-        show_default=True,
-        help="Solver of `mpq list`.",
-        shell_complete=completers.solver,
-    )(command)
-
-
-def seed_option(command: Command) -> Command:
-    """`--seed N`."""
-    return click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")(command)
-
-
-def cache_option(command: Command) -> Command:
-    """`--cache FOLDER`."""
-    return click.option(
-        "--cache",
-        metavar="FOLDER",
-        help="Keep finished measurements: after Ctrl-C the same command goes on there.",
-        shell_complete=completers.among((), files="/"),
-    )(command)
 
 
 def name_value_pairs(role: str, texts: Sequence[str]) -> dict[str, str]:
@@ -224,6 +226,7 @@ def source_of(model: str, given: Mapping[str, Any], *, files: bool = False) -> A
     """The model and data of `model_options`; with `files` a checkpoint may come without data."""
     from dataclasses import replace
 
+    from mpq.batches import batches_of
     from mpq.model_source import call_function, check_holdout, load_source
 
     how = {name: given[name] for name in ("text", "samples", "tokens")}
@@ -232,8 +235,44 @@ def source_of(model: str, given: Mapping[str, Any], *, files: bool = False) -> A
         click.echo(note, err=True)
     if given["holdout"] is not None:
         source = replace(source, holdout=call_function(given["holdout"]))
+    if source.data is not None:
+        source = replace(source, data=batches_of(source.data))  # read once: a generator ends, a loader may shuffle
     source = check_holdout(source)
     return source if given["task"] is None else replace(source, task=given["task"])
+
+
+def quantizer_of(given: Mapping[str, Any], source: Any, *, scored_by: str | None = None) -> Any:
+    """The quantiser of `quantizer_option`; None rounds to nearest.
+
+    Args:
+        given: the arguments of the command.
+        source: of `source_of`.
+        scored_by: the quantiser that a plan or table names; where it is another, standard error says so.
+
+    Raises:
+        ValueError: if there is none of that name, or no model to quantise.
+    """
+    from mpq.quantizer_choice import NEAREST, choose_quantizer
+
+    name = given["quantizer"]
+    if source.data is None and name != NEAREST:
+        raise ValueError(f"--quantizer {name} needs the model, and weights are read in parts: give --data TEXT")
+    found = None if source.data is None else choose_quantizer(name, source.model, source.data)
+    own = "RoundToNearest" if found is None else type(found).__name__
+    if scored_by is not None and (theirs := scored_by.partition("(")[0]) != own:
+        click.echo(f"scored by the error of {theirs}, measured with {own} here: see --quantizer", err=True)
+    return found
+
+
+def adjust_of(given: Mapping[str, Any], source: Any) -> Any:
+    """What `adjust_option` asks for, on the calibration data; None without.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    from mpq.adjuster import Adjuster
+
+    return Adjuster(given["adjustments"], source.data) if given["adjustments"] else None
 
 
 def space_of(given: Mapping[str, Any]) -> Any:

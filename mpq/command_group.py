@@ -96,7 +96,7 @@ def interruption(ctx: click.Context) -> str:
     typed = ctx.meta.get(TYPED, [])
     again = shlex.join(["mpq", *typed])
     command = ctx.invoked_subcommand or ""
-    if cache := _cache_of(ctx, typed):
+    if cache := _place_of("cache", ctx, typed) or _place_of("storage", ctx, typed):
         return f"interrupted: what was measured is kept in {cache}; to go on:\n  {again}"
     if command in KEPT and "measure" in typed:
         return f"interrupted: {KEPT[command]}; to go on:\n  {again}"
@@ -123,14 +123,14 @@ def _takes_cache(ctx: click.Context, typed: list[str]) -> bool:
     return command is not None and any(one.name == "cache" for one in command.params)
 
 
-def _cache_of(ctx: click.Context, typed: list[str]) -> str | None:
-    """The folder of --cache, typed or from the settings file."""
+def _place_of(option: str, ctx: click.Context, typed: list[str]) -> str | None:
+    """What --cache or --storage names, typed or from the settings file."""
     for position, word in enumerate(typed):
-        if word == "--cache":
+        if word == f"--{option}":
             return next(iter(typed[position + 1 :]), None)
-        if word.startswith("--cache="):
-            return word.removeprefix("--cache=")
-    found = _invoked(ctx, typed)[1].get("cache")
+        if word.startswith(f"--{option}="):
+            return word.removeprefix(f"--{option}=")
+    found = _invoked(ctx, typed)[1].get(option)
     return None if found is None else str(found)
 
 

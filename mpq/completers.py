@@ -23,6 +23,9 @@ FORMATS = (
 QUANTITIES = ("size", "latency", "energy", "bops", "activation_peak", "sensitivity")
 GRANULARITIES = ("layer", "rows:16", "rows:64", "groups:64", "groups:128")
 TASKS = ("classification", "causal-lm", "features")
+QUANTIZERS = ("nearest", "gptq")
+ADJUSTMENTS = ("adaquant", "bias-correction", "batch-norm-tuning")
+METRICS = ("divergence", "accuracy", "agreement", "loss")
 MODELS = ("demo", "demo-transformer")
 MOST_NAMES = 2000
 
@@ -133,3 +136,6 @@ pin = before_equals(layer_names)
 quantity = among(QUANTITIES)
 granularity = among(GRANULARITIES)
 task = among(TASKS)
+quantizer = among(QUANTIZERS, files="/")
+adjustment = among(ADJUSTMENTS)
+metric = among(METRICS, files=".py")

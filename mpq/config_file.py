@@ -35,6 +35,7 @@ FILE_NAME = "mpq.toml"
 DEFAULTS = "defaults"
 SHARED = (  # keys of [defaults]: options that mean the same wherever they are
     *("model", "data", "samples", "tokens", "holdout", "task", "options", "pin", "ties", "sensitivity", "granularity"),
+    *("quantizer", "adjust"),
     *("hardware", "target", "batch", "phase", "context", "bops", "budget", "solver", "seed", "cache"),
 )
 UNSET = ("help", "json", "csv")  # said anew every time

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,17 +39,38 @@ def device() -> None:
 def show(name: str, as_json: bool) -> None:
     """Every number of a device with its unit, kind and source; estimates are marked with ~.
 
+    A device of another package that keeps no such numbers is shown by what it says of itself.
+
     \b
     mpq device show nvidia-t4
     mpq device show mine.toml
     """  # noqa: D301 - click wants the character itself
     target = import_module("mpq.hardware_models").load(name)
+    if not hasattr(target, "numbers"):
+        target = _told_by_itself(name, target)
     if as_json:
         from mpq.json_answers import device_answer
 
         click.echo(json_text(device_answer(target)))
     else:
         _show(target)
+
+
+def _told_by_itself(name: str, device: Any) -> Any:
+    """What another package's device says, in the form of a target: it prices by a method of its own."""
+    from mpq.list_commands import summary as first_paragraph
+    from mpq.plugins import plugin_named
+
+    package = plugin_named("mpq.hardware", name, ())
+    costs = f"{type(device).__module__}.{type(device).__qualname__}.costs"
+    priced = f"Priced by {costs}{'' if package is None else f' of {package}'}, which shows no numbers."
+    return SimpleNamespace(
+        name=getattr(device, "name", name),
+        kind=getattr(device, "kind", "kind not told"),
+        runtime=getattr(device, "runtime", "runtime not told"),
+        notes=f"{first_paragraph(device)} {priced}",
+        **{"numbers": (), "models": (), "sources": (), "calibration": None},
+    )
 
 
 def _show(target: Any) -> None:
@@ -63,9 +85,10 @@ def _show(target: Any) -> None:
         value = f"{'~' if number.is_estimate else ''}{number.value:.6g}"
         sources = ", ".join(source.id for source in number.sources)
         rows.append((number.where, number.key, value, kinds, sources))
-    print_table(console, ("table", "number", "value", "kind", "source"), rows, right=(2,))
-    meanings = dict.fromkeys((number.key, number.unit) for number in target.numbers)
-    _say(console, "units: " + "; ".join(f"{key}: {unit}" for key, unit in meanings))
+    if rows:
+        print_table(console, ("table", "number", "value", "kind", "source"), rows, right=(2,))
+        meanings = dict.fromkeys((number.key, number.unit) for number in target.numbers)
+        _say(console, "units: " + "; ".join(f"{key}: {unit}" for key, unit in meanings))
     for model in target.models:
         for line in model.describe():
             _say(console, line, indent="  ")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mpq import completers
-from mpq.command_arguments import check_output, name_value_pairs
+from mpq.command_arguments import check_output, name_value_pairs, together
 from mpq.command_group import AnswerCommand, ToldCommand
 from mpq.json_answers import COMPARISON_KEYS, PLAN_KEYS, json_text
 from mpq.plan_commands import check_form
@@ -16,6 +16,17 @@ _ARCHITECTURE = (
     "Architecture, as the gguf package names it, for models whose names are not those of Llama and its kind."
 )
 _plan_file = completers.among((), files=".json")
+_name_options = together(
+    click.option("--architecture", metavar="NAME", help=_ARCHITECTURE),
+    click.option(
+        "--name",
+        "names",
+        multiple=True,
+        metavar="LAYER=THEIRS",
+        help="HAWQ's name of a layer.",
+        shell_complete=completers.pin,
+    ),
+)
 _TARGETS_HELP = "`mpq list` names the TARGETs: torchao, llama.cpp, onnxruntime, compressed-tensors, and others."
 
 
@@ -24,15 +35,7 @@ _TARGETS_HELP = "`mpq list` names the TARGETs: torchao, llama.cpp, onnxruntime, 
 @click.argument("target", shell_complete=completers.target)
 @click.option("--output", metavar="FILE", help="File to write; by default the text is printed.")
 @click.option("--source", metavar="MODEL.onnx", help="The model in floats, for onnxruntime.")
-@click.option("--architecture", metavar="NAME", help=_ARCHITECTURE)
-@click.option(
-    "--name",
-    "names",
-    multiple=True,
-    metavar="LAYER=THEIRS",
-    help="HAWQ's name of a layer.",
-    shell_complete=completers.pin,
-)
+@_name_options
 def export(plan: str, target: str, output: str | None, **given: Any) -> None:
     """Write PLAN in the form that TARGET reads. Formats that TARGET lacks are refused, by layer.
 
@@ -68,15 +71,7 @@ def export(plan: str, target: str, output: str | None, **given: Any) -> None:
     shell_complete=_plan_file,
 )
 @click.option("--default", metavar="OPTION", help="What layers take that the file does not name.")
-@click.option("--architecture", metavar="NAME", help=_ARCHITECTURE)
-@click.option(
-    "--name",
-    "names",
-    multiple=True,
-    metavar="LAYER=THEIRS",
-    help="HAWQ's name of a layer.",
-    shell_complete=completers.pin,
-)
+@_name_options
 @click.option("--output", required=True, metavar="PLAN.json", help="The plan to write.")
 def import_(source: str, file: str, like: str, default: str | None, output: str, **given: Any) -> None:
     """Read FILE, the plan of SOURCE (autoround, hawq, llama.cpp or modelopt), into a plan of mpq.

@@ -39,6 +39,9 @@ VERIFICATION_KEYS = {
     "skipped": "baselines that were not measured, with the reason",
     "rank_correlation": "Spearman's rho of predicted and measured, and of how many plans; or null",
     "verdict": "a sentence",
+    "quantizer": "how weights were quantised",
+    "adjustments": "what was done after quantising, to the plan and to every baseline",
+    "written": "files",
 }
 SEARCH_KEYS = {
     "plan": "as `mpq show --json`",
@@ -91,12 +94,12 @@ SOLUTION_KEYS = {
     "options": "the option of every unit",
 }
 FRONT_KEYS = {
-    "resource": "the quantity that is traded",
+    "resource": "the quantity that is traded; a list of several",
     "minimised": "the quantity that is bought",
     "measures": "their base units",
     "options": "list of names",
     "units": "list of names",
-    "points": "list of both quantities and choices, the position in options of every unit's option",
+    "points": "list of the quantities and choices, the position in options of every unit's option",
 }
 COMPARISON_KEYS = {
     "layers": "how many",
@@ -109,7 +112,7 @@ DEVICE_KEYS = {
     "name": "of the device",
     "kind": "of the chip",
     "runtime": "what runs on it",
-    "notes": "",
+    "notes": "what it says of itself",
     "numbers": "list of table, key, value, unit, estimate, sources",
     "models": "what it prices and how, in words",
     "calibration": "fitted_on, method, date; or null",
@@ -193,7 +196,7 @@ def proof_answer(proof: Proof) -> dict[str, Any]:
     return {"status": proof.status, "bound": proof.bound, "gap": proof.gap}
 
 
-def verification_answer(verification: Verification, *, data: str) -> dict[str, Any]:
+def verification_answer(verification: Verification, *, data: str, written: Sequence[str] = ()) -> dict[str, Any]:
     """`VERIFICATION_KEYS` of a verification; `data` says on what."""
     models = [
         {
@@ -218,6 +221,9 @@ def verification_answer(verification: Verification, *, data: str) -> dict[str, A
         "skipped": dict(verification.skipped),
         "rank_correlation": None if rank is None else {"rho": rank[0], "plans": rank[1]},
         "verdict": verification.verdict,
+        "quantizer": verification.quantizer,
+        "adjustments": list(verification.adjustments),
+        "written": list(written),
     }
 
 

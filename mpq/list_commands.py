@@ -88,13 +88,13 @@ def _methods() -> list[Listed]:
     methods = import_module("mpq.sensitivity").METHODS
     ours = {AUTOMATIC: "kl where measuring every choice is cheap, else fisher"}
     ours |= {name: _first_line(f"mpq.sensitivity.{module}") for name, (module, _) in methods.items()}
-    return _listed("mpq.estimators", ours, lambda plugin: _summary(plugin.load()))
+    return _listed("mpq.estimators", ours, lambda plugin: summary(plugin.load()))
 
 
 def _solvers() -> list[Listed]:
     solvers = import_module("mpq.solvers").SOLVERS
     ours = {name: _first_line(solver.__module__) for name, solver in solvers.items()}
-    return _listed("mpq.solvers", ours, lambda plugin: _summary(plugin.load()))
+    return _listed("mpq.solvers", ours, lambda plugin: summary(plugin.load()))
 
 
 def _devices() -> list[Listed]:
@@ -106,8 +106,8 @@ def _devices() -> list[Listed]:
 def _exports() -> list[Listed]:
     from mpq.exporting import TARGETS, targets
 
-    ours = {name: _summary(TARGETS[name].emit) for name in targets() if name in TARGETS}
-    return _listed("mpq.exporters", ours, lambda plugin: _summary(plugin.load().emit))
+    ours = {name: summary(TARGETS[name].emit) for name in targets() if name in TARGETS}
+    return _listed("mpq.exporters", ours, lambda plugin: summary(plugin.load().emit))
 
 
 _SECTIONS: Mapping[str, Callable[[], list[Listed]]] = {
@@ -141,11 +141,11 @@ def _taken(plugin: Plugin, found: Iterable[Plugin], ours: Mapping[str, str]) -> 
 
 def _device(target: Any) -> str:
     kind, runtime = getattr(target, "kind", None), getattr(target, "runtime", None)
-    return f"{kind}, {runtime}" if kind and runtime else _summary(target)
+    return f"{kind}, {runtime}" if kind and runtime else summary(target)
 
 
-def _summary(thing: Any) -> str:
-    """The first paragraph of a docstring."""
+def summary(thing: Any) -> str:
+    """The first paragraph of a thing's docstring, on one line."""
     return " ".join((getattr(thing, "__doc__", None) or "").strip().partition("\n\n")[0].split())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,19 @@ def call_function(name: str) -> Any:
     Raises:
         ValueError: if there is no such file or function, or running it fails.
     """
+    function = load_function(name)
+    try:
+        return function()
+    except Exception as error:
+        raise ValueError(f"{name!r} failed: {_failure(error, Path(name.rpartition(':')[0]))}") from error
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that "FILE.py:function" names.
+
+    Raises:
+        ValueError: if there is no such file or function.
+    """
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not file.endswith(".py") or not function:
@@ -83,12 +97,11 @@ def call_function(name: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"cannot import {file!r}: {_failure(error, path)}") from error
-    if not callable(getattr(module, function, None)):
+    found: Any = getattr(module, function, None)
+    if not callable(found):
         raise ValueError(f"{file!r} has no function {function!r}")
-    try:
-        return getattr(module, function)()
-    except Exception as error:
-        raise ValueError(f"{name!r} failed: {_failure(error, path)}") from error
+    loaded: Callable[..., Any] = found
+    return loaded
 
 
 def check_holdout(source: ModelSource) -> ModelSource:

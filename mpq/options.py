@@ -26,7 +26,10 @@ class Option:
 
     `activation=None` leaves the input in the model's own format (weight-only quantisation); `weight=None` is for
     operators without weights. Formats may be given as text. A format without granularity is bound by its role:
-    weights have a scale a channel, activations one a tensor.
+    weights have a scale a channel, activations one a tensor. Both in one text are for `Option.parse`.
+
+    Raises:
+        ValueError: if a format is unknown, there is none, or a text names both of them.
 
     Example:
         >>> Option("int4", "int8")
@@ -79,6 +82,14 @@ class Option:
 def _bound(fmt: NumberFormat | str | None, role: Literal["weight", "activation"]) -> NumberFormat | None:
     if fmt is None:
         return None
+    if isinstance(fmt, str) and ("/" in fmt or _WEIGHT_ACTIVATION.fullmatch(fmt.strip())):
+        pair = Option.parse(fmt)
+        formats = [repr(None if one is None else str(one)) for one in (pair.weight, pair.activation)]
+        told = ", ".join(formats[: 1 if pair.activation is None else 2])
+        raise ValueError(
+            f"the {role} format of an option must be one format, got {fmt!r}: write Option.parse({fmt!r}), "
+            f"or Option({told})"
+        )
     return (parse(fmt) if isinstance(fmt, str) else fmt).bind(role)
 
 

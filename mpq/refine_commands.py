@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,8 @@ from mpq.command_arguments import (
     model_options,
     name_value_pairs,
     pin_option,
+    quantizer_of,
+    quantizer_option,
     say_written,
     seed_option,
     source_of,
@@ -22,6 +24,17 @@ from mpq.command_arguments import (
 from mpq.command_group import AnswerCommand
 from mpq.json_answers import REFINEMENT_KEYS, json_text
 
+if TYPE_CHECKING:
+    from mpq.evaluator import Evaluator
+
+_METRIC_HELP = (
+    "What is made small: divergence from full precision, the drop of accuracy or agreement, the rise of the loss, or "
+    "the drop of a function of (outputs), one number a sample, higher is better, such as metrics.py:margin."
+)
+_STORAGE_HELP = (
+    "Where processes share their measurements: run the same command in as many of them as you like, now or later; "
+    "they do one search together and end with the same plan. shared.log, or sqlite:///shared.db."
+)
 _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass."
 
 
@@ -44,8 +57,19 @@ _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass."
     show_default=True,
     help=_LEVEL_HELP,
 )
+@quantizer_option
+@click.option(
+    "--metric",
+    metavar="NAME|FILE.py:function",
+    default="divergence",
+    show_default=True,
+    help=_METRIC_HELP,
+    shell_complete=completers.metric,
+)
 @seed_option
 @cache_option
+@click.option("--storage", metavar="PATH|URL", help=_STORAGE_HELP, shell_complete=completers.among((), files=".log"))
+@click.option("--study", metavar="NAME", help="Name of the search in the storage; refine by default.")
 @click.option("--output", metavar="PLAN.json", help="Write the plan.")
 @click.option(
     "--front",
@@ -63,18 +87,22 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     mpq search demo --budget "size=3 bits" --table table.parquet
     mpq refine demo table.parquet --budget "size=3 bits" --cache measured --output plan.json
     mpq refine demo table.parquet --budget "size=3 bits" --evaluations 50 --front size
+    mpq refine demo table.parquet --budget "size=3 bits" --quantizer gptq --metric agreement
+    mpq refine demo table.parquet --budget "size=3 bits" --storage shared.log    in each of several terminals
     """  # noqa: D301 - click wants the character itself
     from mpq.tables import CostTable
 
     check_output("--output", given["output"])
+    if given["study"] is not None and given["storage"] is None:
+        raise ValueError(f"--study {given['study']} is the name of a search in a storage: give --storage PATH")
     asked, pinned, loaded = name_value_pairs("budget", budgets), name_value_pairs("pin", pins), CostTable.load(table)
     source = source_of(model, given)
+    quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
     from mpq.refinement import refine as refine_table
 
-    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "cache", "level")}
-    found = refine_table(
-        source.model, source.data, loaded, asked, holdout=source.holdout, pins=pinned, task=source.task, **how
-    )
+    how = {"seed": given["seed"], "level": given["level"], "quantizer": quantizer, "pins": pinned}
+    judge = _evaluator(source, loaded, given, quantizer)
+    found = refine_table(source.model, source.data, loaded, asked, holdout=source.holdout, evaluator=judge, **how)
     written = [given["output"]] if given["output"] is not None else []
     for path in written:
         found.plan.save(path)
@@ -87,3 +115,27 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     if given["front"] is not None:
         click.echo(found.evaluator.frontier(given["front"]).to_frame().to_csv(index=False), nl=False)
     say_written(*written)
+
+
+def _evaluator(source: Any, table: Any, given: dict[str, Any], quantizer: Any) -> Evaluator:
+    """What measures the plans: alone, or together with the other processes on a storage."""
+    from mpq.evaluator import Evaluator
+    from mpq.refinement import EVALUATIONS
+
+    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "cache")}
+    if given["evaluations"] is None and given["seconds"] is None:
+        how["evaluations"] = EVALUATIONS
+    how |= {"task": source.task, "quantizer": quantizer, "metric": _metric(given["metric"])}
+    if given["storage"] is None:
+        return Evaluator(source.model, source.data, table, **how)
+    from mpq.shared_evaluator import SharedEvaluator
+
+    how |= {"storage": given["storage"], "study": given["study"] or "refine"}
+    return SharedEvaluator(source.model, source.data, table, **how)
+
+
+def _metric(name: str) -> Any:
+    """A name of `mpq.drops`, or a function."""
+    from mpq.model_source import load_function
+
+    return load_function(name) if name.rpartition(":")[0].endswith(".py") else name

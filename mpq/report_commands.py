@@ -7,8 +7,19 @@ from typing import Any
 import click
 
 from mpq import completers
-from mpq.command_arguments import MODEL_HELP, check_output, data_options, say_written, seed_option, source_of
+from mpq.command_arguments import (
+    MODEL_HELP,
+    adjust_option,
+    check_output,
+    data_options,
+    quantizer_option,
+    say_written,
+    seed_option,
+    source_of,
+    together,
+)
 from mpq.command_group import ToldCommand
+from mpq.plan_commands import measured_verification
 
 _TABLE_HELP = "Cost table of the search: brings the frontier, the prices of budgets and the sensitivity of layers."
 _MODEL_OPTION_HELP = "Measure the plan and simpler rules on this model's held-out data."
@@ -27,8 +38,7 @@ _HARDWARE_HELP = "The plan's device file, where it is no device of `mpq list`: b
 @click.option("--model", metavar="MODEL", help=_MODEL_OPTION_HELP, shell_complete=completers.model)
 @click.option("--hardware", metavar="FILE", help=_HARDWARE_HELP, shell_complete=completers.device)
 @click.option("--output", default="report.html", show_default=True, metavar="REPORT.html", help="Write the page.")
-@seed_option
-@data_options
+@together(quantizer_option, adjust_option, seed_option, data_options)
 def report(plan: str, table_path: str | None, model: str | None, output: str, **given: Any) -> None:
     """A page that explains PLAN: one HTML file that needs no network.
 
@@ -39,6 +49,7 @@ def report(plan: str, table_path: str | None, model: str | None, output: str, **
     mpq report plan.json --table table.parquet --output report.html
     mpq report plan.json --table table.parquet --model demo
     mpq report plan.json --table table.parquet --model ./my-llm --data text.txt
+    mpq report plan.json --table table.parquet --model demo --quantizer gptq --adjust bias-correction
     """  # noqa: D301 - click wants the character itself
     from mpq.plan import Plan
     from mpq.tables import CostTable
@@ -46,19 +57,12 @@ def report(plan: str, table_path: str | None, model: str | None, output: str, **
     check_output("--output", output, (".html", ".htm"))
     loaded = Plan.load(plan)
     table = None if table_path is None else CostTable.load(table_path)
-    found, data = (None, "verification") if model is None else _measured(loaded, table, model, given)
+    found, data = None, "verification"
+    if model is not None:
+        found, data = measured_verification(source_of(model, given), loaded, table, given)
+    elif given["adjustments"] or given["quantizer"] != "nearest":
+        raise ValueError("--quantizer and --adjust say how the plan is measured: give --model MODEL")
     from mpq.reporting import write_report
 
     write_report(loaded, output, table, found, device=given["hardware"], model=model or "MODEL", data=data)
     say_written(output)
-
-
-def _measured(plan: Any, table: Any, model: str, given: dict[str, Any]) -> tuple[Any, str]:
-    """The verification, and on what kind of data."""
-    from mpq.verification import verify
-
-    source = source_of(model, given)
-    if source.holdout is None:
-        click.echo("no held-out data was given: measured on the calibration data", err=True)
-    data, kind = (source.data, "calibration") if source.holdout is None else (source.holdout, "held-out")
-    return verify(source.model, data, plan, table, task=source.task, seed=given["seed"]), kind

@@ -12,12 +12,12 @@ from mpq.command_arguments import (
     RUN,
     budget_option,
     budgets_of,
-    cache_option,
     check_output,
+    measure_options,
     model_options,
+    quantizer_of,
     run_options,
     say_written,
-    seed_option,
     solver_option,
     source_of,
     space_of,
@@ -35,14 +35,11 @@ _BUDGET_HELP = (
 
 @click.command(cls=AnswerCommand, answer=SEARCH_KEYS, epilog=MODEL_HELP, short_help="Search a plan for MODEL.")
 @budget_option(_BUDGET_HELP)
-@space_options
-@run_options
+@measure_options
 @solver_option
 @click.option(
     "--refine", "evaluations", type=click.FloatRange(min=1), help="Measure so many other plans for a better one."
 )
-@seed_option
-@cache_option
 @click.option("--output", metavar="PLAN.json", help="Write the plan.")
 @click.option("--table", "table_path", metavar="TABLE.parquet", help="Write the cost table, to solve again later.")
 @click.option("--report", metavar="PAGE.html", help="Write a page that explains the plan in a browser.")
@@ -55,21 +52,23 @@ def search(model: str, budgets: tuple[str, ...], output: str | None, table_path:
     mpq search net.py:load --budget "size=4.5 bits" --budget "latency=4 ms" --hardware nvidia-t4
     mpq search ./my-llm --data text.txt --budget latency=40% --hardware nvidia-h100 --phase decode --context 4096
     mpq search ./my-llm --data text.txt --budget size=25% --pin "lm_head=int8" --cache measured --refine 50
+    mpq search demo --options int2,int3,int4 --budget "size=3 bits" --quantizer gptq
     """  # noqa: D301 - click wants the character itself
     from mpq.planning import solve_table
 
     check_outputs(output, table_path, given["report"])
     asked = budgets_of(budgets, given["hardware"])
     source = source_of(model, given, files=True)
-    table = measured_table(source, given, budgets=asked, solver=given["solver"])
+    quantizer = quantizer_of(given, source)
+    table = measured_table(source, given, budgets=asked, solver=given["solver"], quantizer=quantizer)
     if table_path is not None:
         table.save(table_path)
     plan = solve_table(table, asked, solver=given["solver"])
     if given["evaluations"] is not None:
-        plan = _refined(source, plan, given)
+        plan = _refined(source, plan, given, quantizer)
     if output is not None:
         plan.save(output)  # before anything else can go wrong; saved again with what is measured
-    plan, verification = verified(source, plan)
+    plan, verification = verified(source, plan, quantizer)
     if output is not None:
         plan.save(output)
     if given["report"] is not None:
@@ -88,13 +87,13 @@ def measured_table(source: Any, given: dict[str, Any], **settings: Any) -> Any:
     return measure(source.model, source.data, space_of(given), task=source.task, **how, **settings)
 
 
-def verified(source: Any, plan: Any) -> tuple[Any, Any]:
+def verified(source: Any, plan: Any, quantizer: Any) -> tuple[Any, Any]:
     """The plan with what was measured on held-out data, and the verification; None where there is no such data."""
     if source.holdout is None:
         return plan, None
     from mpq.verification import verify
 
-    found = verify(source.model, source.holdout, plan, task=source.task)
+    found = verify(source.model, source.holdout, plan, task=source.task, quantizer=quantizer)
     return replace(plan, measured=found.measured), found
 
 
@@ -130,11 +129,11 @@ def check_outputs(output: str | None, table_path: str | None, report: str | None
         raise ValueError(f"--output and --report must be two files, got {output!r} twice")
 
 
-def _refined(source: Any, plan: Any, given: dict[str, Any]) -> Any:
+def _refined(source: Any, plan: Any, given: dict[str, Any], quantizer: Any) -> Any:
     from mpq.refinement import refine
 
     how = {name: given[name] for name in ("evaluations", "seed", "cache")}
-    found = refine(source.model, source.data, plan, task=source.task, **how)
+    found = refine(source.model, source.data, plan, task=source.task, quantizer=quantizer, **how)
     click.echo(str(found), err=given["as_json"])
     return found.plan
 

@@ -10,14 +10,13 @@ import click
 
 from mpq import completers
 from mpq.command_arguments import (
-    Command,
     budget_option,
     check_output,
-    decorated,
     name_value_pairs,
     pin_option,
     say_written,
     solver_option,
+    together,
 )
 from mpq.command_group import AnswerCommand
 from mpq.json_answers import FRONT_KEYS, SOLUTION_KEYS
@@ -32,24 +31,22 @@ _BUDGET_HELP = (
 )
 
 
-def table_options(command: Command) -> Command:
-    """The arguments that both commands take."""
-    return decorated(
-        command,
-        click.argument("table", shell_complete=completers.among((), files=".parquet")),
-        click.option(
-            "--minimise",
-            "--minimize",
-            "objective",
-            default="sensitivity",
-            show_default=True,
-            metavar="NAME",
-            help="The quantity to make small; any other may have a budget.",
-            shell_complete=completers.quantity,
-        ),
-        pin_option,
-        click.option("--csv", "as_csv", is_flag=True, help="Plain comma-separated values."),
-    )
+table_options = together(
+    click.argument("table", shell_complete=completers.among((), files=".parquet")),
+    click.option(
+        "--minimise",
+        "--minimize",
+        "objective",
+        default="sensitivity",
+        show_default=True,
+        metavar="NAME",
+        help="The quantity to make small; any other may have a budget.",
+        shell_complete=completers.quantity,
+    ),
+    pin_option,
+    click.option("--csv", "as_csv", is_flag=True, help="Plain comma-separated values."),
+)
+"""The arguments that both commands take."""
 
 
 @click.command(
@@ -128,9 +125,11 @@ def solve(table: str, budgets: tuple[str, ...], output: str | None, **given: Any
 )
 @click.option(
     "--resource",
+    "resources",
     required=True,
+    multiple=True,
     metavar="NAME",
-    help="The quantity to trade for sensitivity: size, latency.",
+    help="The quantity to trade for sensitivity: size, latency. Up to three are traded together.",
     shell_complete=completers.quantity,
 )
 @budget_option("What every point must keep.", required=False)
@@ -147,8 +146,11 @@ def solve(table: str, budgets: tuple[str, ...], output: str | None, **given: Any
 def pareto(table: str, budgets: tuple[str, ...], output: str | None, **given: Any) -> None:
     """The Pareto frontier of a saved TABLE: for every amount of a resource the best that it buys.
 
+    With several resources: every plan that no other beats in all of them and in what is minimised.
+
     \b
     mpq pareto table.parquet --resource size
+    mpq pareto table.parquet --resource size --resource latency --epsilon 0.01 --output front.csv
     mpq pareto table.parquet --resource latency --budget size=30% --output front.csv
     """  # noqa: D301 - click wants the character itself
     from mpq.planning import trade_off
@@ -159,10 +161,13 @@ def pareto(table: str, budgets: tuple[str, ...], output: str | None, **given: An
     check_form(as_csv=given["as_csv"], as_json=given["as_json"])
     check_output("--output", output, (".csv",))
     loaded = CostTable.load(table)
-    names = (given["resource"], given["objective"])
+    resources = given["resources"]
+    if twice := [name for name in resources if resources.count(name) > 1]:
+        raise ValueError(f"--resource {twice[0]} is given twice: a quantity is traded once")
+    names = (*resources, given["objective"])
     front = trade_off(
         loaded,
-        given["resource"],
+        resources[0] if len(resources) == 1 else resources,
         asked,
         objective=given["objective"],
         pins=name_value_pairs("pin", given["pins"]),

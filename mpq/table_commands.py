@@ -12,14 +12,12 @@ from mpq.command_arguments import (
     MODEL_HELP,
     budget_option,
     budgets_of,
-    cache_option,
     check_output,
+    measure_options,
     model_options,
-    run_options,
+    quantizer_of,
     say_written,
-    seed_option,
     source_of,
-    space_options,
 )
 from mpq.command_group import AnswerCommand, CommandGroup
 from mpq.json_answers import TABLE_KEYS, json_text
@@ -47,10 +45,7 @@ def table() -> None:
     "--output", required=True, metavar="TABLE.parquet", help="Write the table; .csv works as well.", default=None
 )
 @budget_option("Refused before anything is measured if no plan can keep it; several hold at once.", required=False)
-@space_options
-@run_options
-@seed_option
-@cache_option
+@measure_options
 @model_options
 def measure(model: str, output: str, budgets: tuple[str, ...], **given: Any) -> None:
     """Measure MODEL into a table, which is solved for any budget without the model.
@@ -58,11 +53,12 @@ def measure(model: str, output: str, budgets: tuple[str, ...], **given: Any) -> 
     \b
     mpq table measure demo --options int2,int4,int8 --output table.parquet
     mpq table measure net.py:load --hardware nvidia-t4 --cache measured --output table.parquet
+    mpq table measure demo --options int2,int3,int4 --quantizer gptq --output gptq.parquet
     mpq solve table.parquet --budget size=30%
     """  # noqa: D301 - click wants the character itself
     check_output("--output", output, _ENDINGS)
-    asked = budgets_of(budgets, given["hardware"])
-    measured = measured_table(source_of(model, given, files=True), given, budgets=asked or None)
+    asked, source = budgets_of(budgets, given["hardware"]), source_of(model, given, files=True)
+    measured = measured_table(source, given, budgets=asked or None, quantizer=quantizer_of(given, source))
     measured.save(output)
     _print(measured, [output], as_json=given["as_json"])
 

@@ -182,60 +182,66 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2g}%" if fraction else "0%"
 
 
-def show_front(table: CostTable, front: Any, names: tuple[str, str], *, points: int) -> None:
-    """A frontier as a table of at most so many points, the knee marked, and a plot."""
-    (resource, objective), (amounts, values) = names, _amounts(table, front, names)
-    console, knee = open_console(), knee_of(amounts, values)
-    chosen = spread(amounts, values, points, keep=knee)
+def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: int) -> None:
+    """A frontier as a table of at most so many points, the knee marked; a plot where one resource is traded."""
+    amounts, console = _amounts(table, front, names), open_console()
+    plotted = amounts[:, 0], amounts[:, -1]
+    if len(names) == 2:
+        knee = knee_of(*plotted)
+        chosen = spread(*plotted, points, keep=knee)
+    else:  # no order but that of the first resource, in which neighbours may be far apart
+        knee, plotted = int((front.choices == front.knee().choices).all(axis=1).argmax()), (np.empty(0), np.empty(0))
+        chosen = spread(np.arange(len(amounts), dtype=float), np.zeros(len(amounts)), points, keep=knee)
     rows = [
         (
-            format_quantity(amounts[i], table.measures[resource]),
-            format_quantity(values[i], table.measures[objective]),
+            *(format_quantity(value, table.measures[name]) for name, value in zip(names, amounts[i], strict=True)),
             _option_counts(table, front.choices[i]),
             "knee" if i == knee else "",
         )
         for i in chosen
     ]
-    print_table(console, (resource, objective, "options", ""), rows, right=(0, 1))
-    for line in plot_lines(amounts, values):
+    print_table(console, (*names, "options", ""), rows, right=tuple(range(len(names))))
+    for line in plot_lines(*plotted):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     count = len(amounts)
     shown = f"{count} point{'s' * (count > 1)}"
     if len(chosen) < count:
         shown = f"{len(chosen)} of {count:,} points shown, --csv lists all"
-    console.print(f"{shown}; one of them: mpq solve TABLE --budget {resource}=LIMIT", soft_wrap=True, highlight=False)
+    limits = " ".join(f"--budget {name}=LIMIT" for name in names[:-1])
+    console.print(f"{shown}; one of them: mpq solve TABLE {limits}", soft_wrap=True, highlight=False)
 
 
-def front_csv(table: CostTable, front: Any, names: tuple[str, str]) -> str:
-    """Every point as comma-separated values, in base units: both quantities, then how many units take each option."""
+def front_csv(table: CostTable, front: Any, names: Sequence[str]) -> str:
+    """Every point as comma-separated values, in base units: the quantities, then how many units take each option."""
     header = [f"{name} [{table.measures[name]}]" if table.measures[name] else name for name in names]
     rows: list[Sequence[Any]] = [(*header, *table.options)]
-    for amount, value, choices in zip(*_amounts(table, front, names), front.choices, strict=True):
+    for amounts, choices in zip(_amounts(table, front, names).tolist(), front.choices, strict=True):
         counts = np.bincount(choices, minlength=len(table.options))
-        rows.append((repr(float(amount)), repr(float(value)), *counts.tolist()))
+        rows.append((*map(repr, amounts), *counts.tolist()))
     return _csv(rows)
 
 
-def front_json(table: CostTable, front: Any, names: tuple[str, str]) -> str:
+def front_json(table: CostTable, front: Any, names: Sequence[str]) -> str:
     """Every point as JSON, in base units, with the option of every unit by its position in `options`."""
     content = {
-        "resource": names[0],
-        "minimised": names[1],
+        "resource": names[0] if len(names) == 2 else list(names[:-1]),
+        "minimised": names[-1],
         "measures": {name: table.measures[name] for name in names},
         "options": list(table.options),
         "units": np.asarray(table.units).tolist(),
         "points": [
-            {names[0]: float(amount), names[1]: float(value), "choices": np.asarray(choices).tolist()}
-            for amount, value, choices in zip(*_amounts(table, front, names), front.choices, strict=True)
+            {**dict(zip(names, amounts, strict=True)), "choices": np.asarray(choices).tolist()}
+            for amounts, choices in zip(_amounts(table, front, names).tolist(), front.choices, strict=True)
         ],
     }
     return json_text(content)
 
 
-def _amounts(table: CostTable, front: Any, names: tuple[str, str]) -> tuple[FloatArray, FloatArray]:
-    """Both quantities of every point, with what no option touches."""
-    offset = table.offsets.get(names[1], 0.0) if front.problem.norm == 1 else 0.0
-    return front.resource, front.objective + offset
+def _amounts(table: CostTable, front: Any, names: Sequence[str]) -> FloatArray:
+    """(points, quantities): the resources and what they buy, with what no option touches."""
+    offset = table.offsets.get(names[-1], 0.0) if front.problem.norm == 1 else 0.0
+    amounts: FloatArray = np.column_stack([front.resource.reshape(len(front), -1), front.objective + offset])
+    return amounts
 
 
 def spread(x: FloatArray, y: FloatArray, count: int, *, keep: int | None = None) -> list[int]:

@@ -96,9 +96,7 @@ def plan_lines(plan: Plan) -> Iterable[str]:
         if name in plan.predicted
     ]
     yield "predicted: " + (", ".join(predicted) or "nothing: the plan was edited by hand")
-    if method := plan.provenance.get("sensitivity"):
-        why = f": {plan.provenance['why']}" if "why" in plan.provenance else ""
-        yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{why}"
+    yield from _made_with(plan)
     for budget in plan.budgets:
         yield f"budget: {budget.meaning}"
     for text in plan.provenance.get("binding", ()):
@@ -124,6 +122,17 @@ def plan_lines(plan: Plan) -> Iterable[str]:
         yield "measured on held-out data: " + ", ".join(shown)
     if estimates := plan.provenance.get("estimates"):
         yield f"rests on estimated device numbers: {', '.join(estimates)}"
+
+
+def _made_with(plan: Plan) -> Iterable[str]:
+    """How the formats were scored, and what was done after they were chosen."""
+    if method := plan.provenance.get("sensitivity"):
+        why = f": {plan.provenance['why']}" if "why" in plan.provenance else ""
+        quantizer = plan.provenance.get("quantizer", "RoundToNearest").partition("(")[0]
+        by = "" if quantizer == "RoundToNearest" else f", quantised by {quantizer}"
+        yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{by}{why}"
+    if plan.help:
+        yield f"done after the formats were chosen: {', '.join(plan.help)}"
 
 
 def plan_csv(plan: Plan) -> str:

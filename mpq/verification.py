@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpq.adjuster import Adjust
 from mpq.baseline_plans import DRAWS, BaselinePlans
 from mpq.batches import Batch, batch_size, batches_of, samples_in
 from mpq.limits import Limit
@@ -19,13 +21,13 @@ from mpq.plan import Plan, Split, uniform_plan
 from mpq.planning import choices_of, predict
 from mpq.problem import InfeasibleError
 from mpq.progress import track
-from mpq.quantizer import Quantizer
+from mpq.quantizer import Quantizer, RoundToNearest
 from mpq.suggestions import did_you_mean
-from mpq.surgery import evaluating, quantized
+from mpq.surgery import check_model, evaluating, quantized
 from mpq.table_entries import entries_of
 from mpq.task_choice import choose_task
 from mpq.tasks import CustomLoss, LossFunction, Outputs, Task
-from mpq.verification_report import FULL_PRECISION, Measured, QuantityCheck, Verification
+from mpq.verification_report import FULL_PRECISION, UNADJUSTED, Measured, QuantityCheck, Verification
 
 if TYPE_CHECKING:
     from mpq.tables import CostTable
@@ -44,6 +46,7 @@ def verify(
     *,
     task: Task | LossFunction | str | None = None,
     quantizer: Quantizer | None = None,
+    adjust: Adjust | None = None,
     baselines: str | Iterable[str] = "auto",
     metric: LossFunction | None = None,
     device: Device | None = None,
@@ -60,10 +63,15 @@ def verify(
             the baselines are uniform precisions.
         task: as for `search`.
         quantizer: as for `search`.
+        adjust: what is done after quantising, `adjust(model, plan, quantizer) -> Adjustment`, such as
+            `mpq.adjuster.Adjuster(["bias-correction"], calibration)`. It is made anew for the plan and for every
+            baseline: what an adjustment gains is not what the choice of formats gains, and a plan that alone had one
+            would be called better for it. A further row, "plan, not adjusted", shows what it gained on the plan; it
+            is no baseline. Make it on other data than `data`, or the figures are too good.
         baselines: names out of "uniform", "protected", "smallest", "sorted", "shuffled", "random"
             (`mpq.baseline_plans`), "all", or "auto": in this order as many as `AFFORDABLE_MACS` allow, counted and not
-            timed, so that the same input measures the same. Uniform precisions are always affordable. The report says
-            what was skipped.
+            timed, so that the same input measures the same; with what making the adjustment takes, where `adjust` has
+            a method `macs(plan)`. Uniform precisions are always affordable. The report says what was skipped.
         metric: your own `metric(model, batch)`, one number or one a sample, averaged over samples and reported.
         device: `device(model, plan)` that measures what the plan costs where it runs, {quantity: base units}. Without
             one latency and energy are only predicted.
@@ -71,27 +79,36 @@ def verify(
         progress: show a bar on a terminal.
 
     Cost: one pass over the data for full precision, the plan, each uniform precision, three rules, 5 shuffled tables
-    and 20 random plans. Full precision's outputs are kept.
+    and 20 random plans; an adjustment for each of them but full precision. Full precision's outputs are kept.
+
+    Returns:
+        A `Verification`; `.plan.plan` is the plan, which names its adjustments (`plan.help`).
 
     Raises:
-        ValueError: if plan and model do not fit, the data is wrong, or a baseline is unknown.
+        ValueError: if plan and model do not fit, the data is wrong, a baseline is unknown, or there is nothing to
+            adjust.
     """
     table, batches = table or plan.table, batches_of(data)
+    check_model(model, plan)
     asked = _asked_baselines(baselines)
     groups = {"plan": [plan]}
     if "uniform" in asked:
         groups |= {f"uniform {option}": [uniform_plan(plan, option)] for option in _uniform_options(plan)}
     most = AFFORDABLE_MACS if baselines == "auto" else np.inf
-    drawn, skipped = _drawn(_Planner(plan, table, seed), [name for name in asked if name != "uniform"], most, batches)
+    planner = _Planner(plan, table, seed, _macs_of_adjusting(adjust, plan))
+    drawn, skipped = _drawn(planner, [name for name in asked if name != "uniform"], most, batches)
     groups |= drawn
     with evaluating(model), torch.no_grad():
         chosen = choose_task(model, batches[0], task)
-        judge = _Judge(model=model, batches=batches, task=chosen, plan=plan, table=table, metric=metric)
+        how: dict[str, Any] = {"quantizer": quantizer, "adjust": adjust, "metric": metric}
+        judge = _Judge(model=model, batches=batches, task=chosen, plan=plan, table=table, **how)
         rows = [judge.full_precision()]
         with_bars = track([(name, one) for name, plans in groups.items() for one in plans], "plans", shown=progress)
         found: dict[str, list[Measured]] = {}
         for name, candidate in with_bars:
-            found.setdefault(name, []).append(judge.row(name, candidate, quantizer))
+            found.setdefault(name, []).append(judge.row(name, candidate))
+            if name == "plan" and adjust is not None:
+                found[UNADJUSTED] = [replace(judge, adjust=None, known={}).row(UNADJUSTED, candidate)]
     rows += [_median(several) for several in found.values()]
     return Verification(
         rows=tuple(rows),
@@ -100,7 +117,14 @@ def verify(
         metric_name=judge.metric_name or metric_of(rows[1].estimates),
         quantities=_quantities(plan, rows[1], {} if device is None else device(model, plan)),
         skipped=skipped,
+        quantizer=repr(quantizer or RoundToNearest()),
+        adjustments=judge.adjustments,
     )
+
+
+def _macs_of_adjusting(adjust: Adjust | None, plan: Plan) -> float:
+    count = getattr(adjust, "macs", None)
+    return float(count(plan)) if callable(count) else 0.0
 
 
 def _asked_baselines(baselines: str | Iterable[str]) -> list[str]:
@@ -133,6 +157,7 @@ class _Planner:
     plan: Plan
     table: CostTable | None
     seed: int
+    more_macs: float = 0.0  # for each of them, beside running it
 
     @property
     def refusal(self) -> str | None:
@@ -168,7 +193,7 @@ def _drawn(
     if names and planner.refusal is not None:
         return {}, dict.fromkeys(names, planner.refusal)
     layers = [entry.layer for entry in planner.plan.entries]
-    macs = sum(layer.macs / layer.batch for layer in layers) * sum(map(batch_size, batches))
+    macs = sum(layer.macs / layer.batch for layer in layers) * sum(map(batch_size, batches)) + planner.more_macs
     found: dict[str, list[Plan]] = {}
     skipped: dict[str, str] = {}
     maker = planner.maker() if names else None
@@ -205,9 +230,16 @@ class _Judge:
     plan: Plan
     table: CostTable | None
     metric: LossFunction | None
+    quantizer: Quantizer | None
+    adjust: Adjust | None
     reference: list[Outputs] = field(default_factory=list)
     full: list[SampleFigures] = field(default_factory=list)
-    known: dict[Any, Measured] = field(default_factory=dict)
+    known: dict[Any, tuple[Measured, tuple[str, ...]]] = field(default_factory=dict)
+
+    @property
+    def adjustments(self) -> tuple[str, ...]:
+        """What was done after quantising, by its names."""
+        return tuple(dict.fromkeys(step for _, steps in self.known.values() for step in steps))
 
     @property
     def metric_name(self) -> str | None:
@@ -226,23 +258,35 @@ class _Judge:
             per_sample=self.full[0].divergence,
         )
 
-    def row(self, name: str, candidate: Plan, quantizer: Quantizer | None) -> Measured:
+    def row(self, name: str, candidate: Plan) -> Measured:
         """The figures of the model under a plan; a plan that was measured before is not run again."""
         key, costs = tuple(_key(entry.choice) for entry in candidate.entries), self._prediction(candidate)
         if key not in self.known:
-            with quantized(self.model, candidate, quantizer=quantizer):
-                figures = self._figures(self.task.run(self.model, batch) for batch in self.batches)
-            self.known[key] = Measured(
+            figures, steps = self._under(candidate)
+            measured = Measured(
                 name=name,
                 size_bytes=candidate.size_bytes,
                 average_bits=candidate.average_bits,
                 estimates=estimates(figures, self.full[0], self.task, self.metric_name or ""),
                 per_sample=figures.divergence,
             )
-        same = self.known[key]
+            self.known[key] = measured, steps
+        same, steps = self.known[key]
         tries = ((costs.get("sensitivity"), same.divergence),)
         fits = _fits(self.plan, candidate, costs)
+        if new := [step for step in steps if step not in candidate.help]:
+            candidate = candidate.with_help(*new)
         return replace(same, name=name, costs=costs, fits=fits, tries=tries, plan=candidate)
+
+    def _under(self, candidate: Plan) -> tuple[SampleFigures, tuple[str, ...]]:
+        """The figures of the model under a plan and its adjustment, and what that is called."""
+        adjustment = None if self.adjust is None else self.adjust(self.model, candidate, self.quantizer)
+        with ExitStack() as stack:
+            stack.enter_context(quantized(self.model, candidate, quantizer=self.quantizer))
+            if adjustment is not None:
+                stack.enter_context(adjustment.applied(self.model))
+            figures = self._figures(self.task.run(self.model, batch) for batch in self.batches)
+        return figures, () if adjustment is None else adjustment.steps
 
     def _figures(self, outputs: Iterable[Outputs]) -> SampleFigures:
         figures = sample_figures(self.task, self.reference, outputs)

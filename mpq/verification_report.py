@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from mpq.plan import Plan
 
 FULL_PRECISION = "full precision"
+UNADJUSTED = "plan, not adjusted"
+_OWN = ("plan", UNADJUSTED, FULL_PRECISION)  # rows of no rival
 _EQUAL = "it and {} are equal within the noise of this data"
+_NEAREST = "RoundToNearest()"
 _FEWEST_PLANS = 10  # for a rank correlation to mean anything
 
 
@@ -29,7 +32,7 @@ class Measured:
     """One model on the data. Of a baseline that is drawn several times this is the plan with the median divergence.
 
     Attributes:
-        name: "plan", "full precision", "uniform int4", or a baseline's.
+        name: "plan", "plan, not adjusted", "full precision", "uniform int4", or a baseline's.
         size_bytes: counted, not measured.
         average_bits: a planned weight, scales counted.
         estimates: figures with 95 % intervals, by name (`mpq.output_figures.estimates`).
@@ -113,6 +116,8 @@ class Verification:
         metric_name: of the figure in `estimates` that the task is judged by, if it has one.
         quantities: budgeted quantities and the sensitivity, predicted next to found.
         skipped: baselines that were not measured, with the reason.
+        quantizer: how weights were quantised.
+        adjustments: what was done after quantising, to the plan and to every baseline.
     """
 
     rows: tuple[Measured, ...]
@@ -121,6 +126,8 @@ class Verification:
     metric_name: str | None = None
     quantities: tuple[QuantityCheck, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    quantizer: str = _NEAREST
+    adjustments: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Measured:
@@ -130,7 +137,7 @@ class Verification:
     @property
     def baselines(self) -> tuple[Measured, ...]:
         """The rows the plan is compared with: those that keep its budgets."""
-        return tuple(row for row in self.rows if row.name not in ("plan", FULL_PRECISION) and row.fits)
+        return tuple(row for row in self.rows if row.name not in _OWN and row.fits)
 
     @property
     def uniform(self) -> Measured | None:
@@ -192,7 +199,7 @@ class Verification:
 
     @property
     def _not_comparable(self) -> str | None:
-        others = [row for row in self.rows if row.name not in ("plan", FULL_PRECISION)]
+        others = [row for row in self.rows if row.name not in _OWN]
         if self.plan.fits is False:
             return "The plan does not keep its budgets: it cannot be compared at them."
         if not others:
@@ -227,8 +234,11 @@ class Verification:
 
     @property
     def notes(self) -> list[str]:
-        """What else to know: how well the table ranked plans, and what was skipped."""
-        lines = []
+        """What else to know: quantiser, adjustments, how well the table ranked plans, what was skipped."""
+        lines = [] if self.quantizer == _NEAREST else [f"weights quantised by {self.quantizer}"]
+        if self.adjustments:
+            own = "made for the formats of each"
+            lines.append(f"after quantising, plan and baselines alike: {', '.join(self.adjustments)}, {own}")
         if (found := self.rank_correlation) is not None:
             lines.append(f"predicted and measured rank {found[1]} plans alike with Spearman's ρ = {found[0]:.2f}")
         by_reason: dict[str, list[str]] = {}

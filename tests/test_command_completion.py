@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import mpq
 import mpq.hardware_models as hardware
-from mpq import solvers
+from mpq import adjuster, completers, drops, quantizer_choice, solvers
 from mpq.__main__ import main
 
 TABLE = "unit,option,sensitivity,size [B]\nstem,int4,3,4\nblock.fc,int4,5,4\n"
@@ -47,11 +47,21 @@ def test_names_of_commands_and_options():
         (["search", "demo-"], ["demo-transformer"]),
         (["device", "show", "gap"], ["gap8"]),
         (["verify", "demo", "p.json", "--baselines", "uniform,pro"], ["uniform,protected"]),
+        (["search", "demo", "--quantizer", "gp"], ["gptq"]),
+        (["verify", "demo", "p.json", "--adjust", "b"], ["bias-correction", "batch-norm-tuning"]),
+        (["refine", "demo", "t.parquet", "--metric", "a"], ["accuracy", "agreement"]),
+        (["pareto", "t.parquet", "--resource", "size", "--resource", "lat"], ["latency"]),
     ],
 )
 def test_values_of_options(words, expected):
     assert expected
     assert offered(*words) == expected
+
+
+def test_names_that_are_completed_are_those_that_are_taken():
+    assert completers.QUANTIZERS == quantizer_choice.QUANTIZERS
+    assert tuple(adjuster.ADJUSTMENTS) == completers.ADJUSTMENTS
+    assert completers.METRICS == drops.METRICS
 
 
 def test_layers_of_the_plan_or_table_on_the_line(tmp_path, monkeypatch):

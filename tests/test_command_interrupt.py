@@ -81,6 +81,7 @@ def test_an_interrupted_search_goes_on_with_the_command_it_names(tmp_path, monke
             "kept in a b; to go on:\n  mpq refine",
         ),
         (["refine", "demo", "t.parquet", "--budget", "size=1"], "[refine]\ncache = 'c'\n", "kept in c; to go on:"),
+        (["refine", "demo", "t.parquet", "--budget", "size=1", "--storage", "s.log"], "", "kept in s.log; to go on:"),
         (["table", "measure", "demo", "--output", "t.csv"], "", "--output t.csv --cache measured"),
         (
             ["device", "measure", "--output", "m.toml", "--model", "demo"],

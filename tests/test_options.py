@@ -47,6 +47,27 @@ def test_an_option_needs_a_format():
         Option(None)
 
 
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        ("w4a8", "Option.parse('w4a8'), or Option('int4@channel', 'int8@tensor')"),
+        ("W8", "Option.parse('W8'), or Option('int8@channel')"),
+        ("int4/int8", "Option.parse('int4/int8'), or Option('int4@channel', 'int8@tensor')"),
+        ("-/int8", "Option.parse('-/int8'), or Option(None, 'int8@tensor')"),
+    ],
+)
+def test_both_formats_in_one_text_are_for_parse(text, way_out):
+    with pytest.raises(ValueError, match="weight format of an option must be one format, got") as refused:
+        Option(text)
+    assert way_out in str(refused.value)
+    parsed, written = (eval(part, {"Option": Option}) for part in way_out.split(", or "))
+    assert parsed == written
+    with pytest.raises(ValueError, match=r"activation format of an option must be one format, got 'w4a8'"):
+        Option("int4", "w4a8")
+    with pytest.raises(ValueError, match="unknown format 'x4'"):
+        Option("int4/x4")
+
+
 def test_later_patterns_override_earlier_ones():
     space = SearchSpace({"*": ["int4", "int8"], "*.attn.*": ["int8"]})
     candidates = space.candidates(network("a.attn.q", "a.fc"))

@@ -347,6 +347,10 @@ DEVICES = """
     HERE = Path(__file__).parent / "chips"
     FILE = str(HERE / "chip.toml")
     class Priced:
+        '''A chip of ours.
+
+        Its prices come from a simulator.
+        '''
         name = "own"
         def costs(self, network, space, batch=1, phase=None, context=None, *, bops="hawq"):
             raise NotImplementedError
@@ -371,6 +375,17 @@ def test_a_device_may_be_a_file_a_package_a_function_or_an_object(installed, tmp
     assert hardware_models.load("chip").name == "chip"
     assert hardware_models.load("class").name == "own"
     assert set(points) <= set(hardware_models.available())
+    shown = CliRunner().invoke(main, ["device", "show", "class"])
+    assert shown.exit_code == 0, shown.output
+    text = " ".join(shown.output.split())
+    assert text.startswith("own: kind not told, runtime not told A chip of ours. Priced by acme_mpq.Priced.costs of")
+    assert "acme-mpq 1.0 (entry point class" in text
+    assert "shows no numbers" in text
+    answer = json.loads(CliRunner().invoke(main, ["device", "show", "class", "--json"]).stdout)
+    whole = json.loads(CliRunner().invoke(main, ["device", "show", "gap8", "--json"]).stdout)
+    assert list(answer) == list(whole)
+    assert (answer["name"], answer["numbers"], answer["models"], answer["sources"]) == ("own", [], [], [])
+    assert "A chip of ours." in answer["notes"]
 
 
 def test_a_family_of_its_own_reads_a_device_file():

@@ -267,6 +267,43 @@ def test_a_frontier_keeps_budgets_and_counts_what_is_outside_the_plan(saved):
     assert (impossible.exit_code, "smallest that can be reached" in impossible.output) == (3, True)
 
 
+def test_several_resources_are_traded_at_once(saved, tmp_path):
+    path, names = tmp_path / "front.csv", ("size", "latency", "sensitivity")
+    answer = answered(
+        "pareto", saved, "--resource", "size", "--resource", "latency", "--epsilon", "0", "--output", path
+    )
+    assert answer["resource"] == ["size", "latency"]
+    assert list(answer["measures"]) == list(names)
+    totals = {choices: tuple(total[name] for name in names) for choices, total in plans(table()).items()}
+    front = {
+        point
+        for point in totals.values()
+        if not any(
+            all(a <= b * (1 + 1e-9) for a, b in zip(other, point, strict=True))
+            for other in totals.values()
+            if other != point
+        )
+    }
+    found = [tuple(point[name] for name in names) for point in answer["points"]]
+    assert len(found) == len(front) > 5
+    assert np.allclose(sorted(found), sorted(front), rtol=1e-9)
+    for point in answer["points"]:
+        assert totals[tuple(point["choices"])] == pytest.approx([point[name] for name in names])
+    rows = list(csv.reader(io.StringIO(path.read_text())))
+    assert rows[0] == ["size [B]", "latency [s]", "sensitivity [loss]", *OPTIONS]
+    assert [tuple(map(float, row[:3])) for row in rows[1:]] == found
+    shown = run(
+        "pareto", saved, "--resource", "size", "--resource", "latency", "--epsilon", "0", "--points", "4"
+    ).output
+    lines = shown.splitlines()
+    assert lines[0].split()[:4] == ["size", "latency", "sensitivity", "options"]
+    assert 3 <= sum(" int" in line for line in lines) <= 4
+    assert sum("knee" in line for line in lines) == 1
+    assert "•" not in shown
+    assert f"of {len(front)} points shown" in shown
+    assert "--budget size=LIMIT --budget latency=LIMIT" in shown
+
+
 def test_a_frontier_is_shown_short_with_its_ends_and_its_knee(saved):
     whole = front_by_loops(table(), "size", "sensitivity")
     text = run("pareto", saved, "--resource", "size", "--epsilon", "0", "--points", "5").output
@@ -321,6 +358,8 @@ def test_the_knee_and_the_points_shown():
         (["pareto", "TABLE"], 2, "--resource"),
         (["pareto", "TABLE", "--resource", "sizee"], 1, "did you mean 'size'"),
         (["pareto", "TABLE", "--resource", "sensitivity"], 1, "other than the objective, got 'sensitivity'"),
+        (["pareto", "TABLE", "--resource", "size", "--resource", "size"], 1, "--resource size is given twice"),
+        (["pareto", "TABLE", "--resource", "size", "--resource", "latncy"], 1, "did you mean 'latency'"),
         (["pareto", "TABLE", "--resource", "size", "--output", "a.json"], 1, "--output must end in .csv"),
     ],
 )
