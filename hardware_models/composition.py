@@ -56,6 +56,7 @@ class Part:
             notes={
                 name: f"{self.target.name}: {whole.notes.get(name, self.target.runtime)}" for name in self.quantities
             },
+            attention=self._own(whole.attention),
         )
 
     def _own(self, by_quantity: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .attention_units import with_operators
 from .cells import Cells
 from .conversion import conversions
 from .prices import Prices, Table
@@ -41,9 +42,10 @@ def costs_frame(
 
     candidates, options = space.candidates(network), space.all_options
     cells = Cells.of(network, options, batch=batch, phase=phase, context=context, bops=bops)
-    prices = price(target, cells)
+    prices = with_operators(price(target, cells), cells, space.operators(network))
     is_candidate = _candidate_mask(candidates, options)
-    refused = np.zeros(cells.shape, dtype=bool) if prices.reasons is None else prices.reasons.astype(bool)
+    shape = (len(candidates), len(options) + 1)
+    refused = np.zeros(shape, dtype=bool) if prices.reasons is None else prices.reasons.astype(bool)
     allowed = is_candidate & ~refused[:, :-1]
     columns = {name: np.where(allowed, table[:, :-1], np.nan) for name, table in prices.tables.items()}
 

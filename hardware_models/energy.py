@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention import attention_work
+from .attention import attention_work, moved_bits
 from .cells import Cells
 from .device_numbers import Entry, Number
 from .device_schema import FORMAT_PAIR, MEMORIES, Key, TableSchema, integer, number
@@ -91,6 +91,7 @@ class ActivePower:
             measures={"energy": "J"},
             aggregates={"energy": how} if how else {},
             offsets=_offset(watts * so_far.offsets.get("latency", 0.0)),
+            attention=_with_static(None, watts, so_far),
             rests_on=lambda used: {"energy": (*self.settings.numbers, *_latency_numbers(so_far, used))},
             notes={"energy": f"{watts:g} W times latency"},
         )
@@ -134,12 +135,13 @@ class CountedEnergy:
             energy = energy + watts * _latency(so_far, "static_W")
         if so_far.reasons is not None:
             energy = np.where(so_far.reasons.astype(bool), np.nan, energy)
-        attention, note = self._attention(cells, so_far)
+        attention, each_run, note = self._attention(cells, so_far)
         return Prices(
             tables={"energy": energy},
             measures={"energy": "J"},
             reasons=_no_energy(np.isnan(each), cells),
             offsets=_offset(attention + watts * so_far.offsets.get("latency", 0.0)),
+            attention=_with_static(each_run, watts, so_far),
             rests_on=lambda used: {"energy": self._numbers(cells, so_far, used)},
             notes={"energy": "; ".join(filter(None, [*self.describe(), note])).removeprefix("energy: ")},
         )
@@ -172,17 +174,21 @@ class CountedEnergy:
         moved: Floats = np.sum([bits * self.bits[level].value for level, bits in levels], axis=0)
         return moved
 
-    def _attention(self, cells: Cells, so_far: Prices) -> tuple[float, str]:
-        """Joules of attention, its traffic to the DRAM included, and a word on it."""
+    def _attention(self, cells: Cells, so_far: Prices) -> tuple[float, Floats | None, str]:
+        """Joules of attention, its traffic to the DRAM included; of each run in "decode"; and a word on it."""
         runs = attention_work(cells)
         if not runs or "dram" not in so_far.accesses:
-            return 0.0, "attention is left out: the device has no dram" if runs else ""
+            return 0.0, None, "attention is left out: the device has no dram" if runs else ""
         each = self.operations.pJ(cells)[cells.work.macs > 0, -1]  # of a layer that multiplies in the model's own dtype
         if not each.size or np.isnan(each[0]):
-            return 0.0, f"attention is left out: no multiply-add of two {cells.dtype.name} numbers"
+            return 0.0, None, f"attention is left out: no multiply-add of two {cells.dtype.name} numbers"
         macs, elements = sum(run.macs for run in runs), sum(run.elements for run in runs)
         joules = PICO * (macs * float(each[0]) + elements * cells.dtype.bits * self.bits["dram"].value)
-        return joules, f"{joules:.4g} J of attention are an offset, in {cells.dtype.name}"
+        each_run = None
+        if cells.phase == "decode":
+            arithmetic = np.array([run.macs for run in runs])[:, None] * float(each[0])
+            each_run = PICO * (arithmetic + moved_bits(cells) * self.bits["dram"].value)
+        return joules, each_run, f"{joules:.4g} J of attention are an offset, in {cells.dtype.name}"
 
     def _numbers(self, cells: Cells, so_far: Prices, used: Mask) -> Iterator[Number]:
         yield from self.operations.numbers(cells, used)
@@ -205,6 +211,14 @@ def _latency(so_far: Prices, key: str) -> Floats:
 
 def _latency_numbers(so_far: Prices, used: Mask) -> Iterable[Number]:
     return so_far.rests_on(used).get("latency", ())
+
+
+def _with_static(joules: Floats | None, watts: float, so_far: Prices) -> dict[str, Floats]:
+    """Energy of each run of attention, (runs, columns), static power times its latency included."""
+    seconds = so_far.attention.get("latency")
+    if joules is None:
+        return {} if seconds is None or not watts else {"energy": watts * seconds}
+    return {"energy": joules if seconds is None else joules + watts * seconds}
 
 
 def _offset(joules: float) -> dict[str, float]:

@@ -41,6 +41,8 @@ class Prices:
         accesses: bits read and written at a memory, by its name in the device file: what energy is counted from.
         rests_on: numbers of the device file behind each quantity, given the cells in use.
         notes: what a quantity was counted with, in words: the named table of energies, the convention of BOPs.
+        attention: what every run of attention costs with its cache in each column's activation format, (runs, columns):
+            only quantities that depend on it. They are in the offsets, in the model's own format, the last column.
     """
 
     tables: Mapping[str, Table] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Prices:
     accesses: Mapping[str, Table] = field(default_factory=dict)
     rests_on: Callable[[Mask], Mapping[str, Iterable[Number]]] = rests_on_nothing
     notes: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, Table] = field(default_factory=dict)
 
     def __add__(self, other: Prices) -> Prices:
         """Both together; offsets and accesses of one name add up, a quantity belongs to one of them."""
@@ -67,6 +70,7 @@ class Prices:
             accesses=_summed(self.accesses, other.accesses),
             rests_on=_both(self.rests_on, other.rests_on),
             notes={**self.notes, **other.notes},
+            attention={**self.attention, **other.attention},
         )
 
 

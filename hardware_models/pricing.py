@@ -57,4 +57,6 @@ def _calibrated(target: Target, prices: Prices) -> Prices:
     alpha, beta = target.calibration.get("alpha", 1.0), target.calibration.get("beta_s", 0.0)
     tables: Mapping[str, np.ndarray] = {**prices.tables, "latency": alpha * prices.tables["latency"]}
     offset = alpha * prices.offsets.get("latency", 0.0) + beta
-    return replace(prices, tables=tables, offsets={**prices.offsets, "latency": offset} if offset else prices.offsets)
+    attention = {name: alpha * table if name == "latency" else table for name, table in prices.attention.items()}
+    offsets = {**prices.offsets, "latency": offset} if offset else prices.offsets
+    return replace(prices, tables=tables, offsets=offsets, attention=attention)

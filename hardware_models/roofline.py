@@ -20,7 +20,7 @@ output (`dequant_tile_m`): each tile of rows unpacks its own copy, which is why 
 at one row and lose from 16 rows on. Outputs are written in the option's activation format, as the next layer's
 requantised input. With a `[scratchpad]` activations stay on the chip, and so do the weights that fit: the share of the
 weights beyond its capacity, counted with the whole model in the option's format, is read from memory in every pass.
-Attention is an offset (see `attention`).
+Attention is an offset (see `attention`), of which a planned cache takes its part (`attention_units`).
 
 Good for the order and the ratio of options on layers that fill the chip; wrong for caches that hold a layer's data
 between layers, and for units whose efficiency depends on the shape. Latency need not fall with bits.
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from mpq.suggestions import did_you_mean
 
-from .attention import attention_work, cache_bytes
+from .attention import attention_work, cache_bytes, moved_bits
 from .cells import Cells
 from .device_numbers import Entry, Number
 from .device_schema import EFFICIENCY, FORMAT_PAIR, Key, TableSchema, integer, number
@@ -168,7 +168,7 @@ class Roofline:
         unpack = (work.weights * work.weight_reads)[:, None] * copies * pick(self._entries("dequant_s_per_weight"), row)
         launch = work.calls[:, None] * pick(self._units("launch_overhead_s"), row)
         latency = np.maximum(compute, traffic / self._bytes_per_s) + unpack + launch
-        offsets, notes, served = self._attention(cells)
+        offsets, attention, notes, served = self._attention(cells)
         return Prices(
             tables={"latency": latency},
             reasons=no_kernel(row, cells),
@@ -176,6 +176,7 @@ class Roofline:
             accesses={self.memory.where.removeprefix("memory."): 8 * traffic},
             rests_on=lambda used: {"latency": self._numbers([*row[used].tolist(), *served])},
             notes=notes,
+            attention=attention,
         )
 
     def describe(self) -> list[str]:
@@ -228,23 +229,28 @@ class Roofline:
         grouped = np.array([layer.groups > 1 for layer in cells.network.layers], dtype=bool)
         return np.where(grouped[:, None], 1.0, factor)
 
-    def _attention(self, cells: Cells) -> tuple[dict[str, float], dict[str, str], list[int]]:
-        """The offset of latency, notes on it, and the row it runs on."""
+    def _attention(self, cells: Cells) -> tuple[dict[str, float], dict[str, Floats], dict[str, str], list[int]]:
+        """The offset of latency, what each run's cache makes of it, notes on it, and the row it runs on."""
         runs, dtype = attention_work(cells), cells.dtype
         if not runs:
-            return {}, {}, []
+            return {}, {}, {}, []
         cached = f"{cache_bytes(runs, dtype.bits):.0f} bytes of keys and values in {dtype.name}, not part of size"
         notes = {"kv_cache": cached} if cells.phase == "decode" else {}
         names = (dtype.name, "fp16", "bf16", "fp32", "int8")
         row = next((i for n in names if (i := first_row(self.rows, n, n, "linear")) != REFUSED), REFUSED)
         if row == REFUSED:
-            return {}, notes | {"latency": f"attention is left out: no kernel multiplies two {dtype.name} tensors"}, []
+            left = {"latency": f"attention is left out: no kernel multiplies two {dtype.name} tensors"}
+            return {}, {}, notes | left, []
         served = self.rows[row]
         compute = np.array([2 * run.macs for run in runs]) / served.ops_per_s
         memory = np.array([run.elements for run in runs]) * dtype.bits / 8 / self._bytes_per_s
-        seconds = float((np.maximum(compute, memory) + served.unit["launch_overhead_s"]).sum())
+        launch = served.unit["launch_overhead_s"]
+        seconds = float((np.maximum(compute, memory) + launch).sum())
         notes["latency"] = f"{seconds:.4g} s of attention on {served.unit['unit']} are an offset, in {dtype.name}"
-        return {"latency": seconds}, notes, [row]
+        each = {}
+        if cells.phase == "decode":
+            each["latency"] = np.maximum(compute[:, None], moved_bits(cells) / 8 / self._bytes_per_s) + launch
+        return {"latency": seconds}, each, notes, [row]
 
     def _numbers(self, rows: Sequence[int]) -> Iterator[Number]:
         yield from self.memory.numbers

@@ -87,6 +87,8 @@ class Target:
         Returns:
             A frame indexed by (layer, option label) with the columns size [B] (scales included), value_size [B]
             (values alone), bops (a sample), and whatever the target's families price: latency [s], energy [J], luts.
+            Operators of attention that the space names follow the layers; with caches among them there is a column
+            cache [B], of keys and values for the whole batch (`hardware_models.attention_units`).
             Its attrs: measures {column: unit}, aggregates and alive {column: how layers add up where that is no sum},
             reference {column: value of the model as it stands, unquantised}, reference_meaning {column: what that is},
             offsets {column: what lies outside the layers}, limits {column: the most that the device has}, transitions

@@ -81,7 +81,7 @@ def calibrate_ranges(model: nn.Module, data: Any, plan: Plan, method: Method | s
     default = method_of(method)
     check_model(model, plan)
     batches = batches_of(data)
-    observers = {e.layer.name: _observer(e, default) for e in plan.entries if _is_observed(model, e)}
+    observers = {e.layer.name: _observer(e, default) for e in plan.of_layers if _is_observed(model, e)}
     layers = [entry.layer for entry in plan.entries if entry.layer.name in observers]
     with evaluating(model), torch.no_grad():
         _observe(model, batches, layers, lambda layer, x: observers[layer.name].first(x), list(observers.values()))

@@ -66,7 +66,8 @@ class Activations:
         (value,) = self.liveness.step(_values(trails), (output.numel(),), keeps_format=False)
         query, key, values = trails[:3]
         shapes = tuple(tuple(operand.shape) for operand in operands[:3])
-        self.attention.kernel((_operand(query), _operand(key), _operand(values)), shapes, self._caller)
+        read = _operand(query), _operand(key), _operand(values)
+        self.attention.kernel(read, shapes, self._caller, is_replaceable=True)
         return value
 
     def _overwrite(self, call: Call, reads: tuple[int, ...], output: Tensor, trail: Callable[[Tensor], Trail]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mpq.exported_layers import without_operators
 from mpq.exporting import target_named
 
 if TYPE_CHECKING:
@@ -52,5 +53,5 @@ def apply(model: nn.Module, plan: Plan, target: str = "torchao", **settings: Any
             "is for torchao"
         )
     check_model(model, plan)
-    library.apply(model, plan, **settings)
+    library.apply(model, without_operators(plan, target), **settings)
     return model

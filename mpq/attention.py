@@ -24,6 +24,8 @@ class Attention:
         query_layers: Layers whose outputs reach the queries without another layer between, in execution order.
         key_layers: The same for the keys; a fused projection is in all three.
         value_layers: The same for the values.
+        is_replaceable: Whether the module `name` ran it through torch.nn.functional.scaled_dot_product_attention, so
+            that its operands can be quantised; not where the model spells attention out.
 
     Example:
         >>> from mpq.attention import Attention
@@ -45,6 +47,7 @@ class Attention:
     query_layers: tuple[str, ...] = ()
     key_layers: tuple[str, ...] = ()
     value_layers: tuple[str, ...] = ()
+    is_replaceable: bool = False
 
     @property
     def cache_elements(self) -> int:
@@ -115,14 +118,20 @@ class AttentionFinder:
             self._scores[written] = met[0]._replace(products=products)
 
     def kernel(
-        self, operands: tuple[Operand, Operand, Operand], shapes: tuple[tuple[int, ...], ...], name: str = ""
+        self,
+        operands: tuple[Operand, Operand, Operand],
+        shapes: tuple[tuple[int, ...], ...],
+        name: str = "",
+        *,
+        is_replaceable: bool = False,
     ) -> None:
         """Attention in one kernel: shapes of queries, keys and values are (batch, heads, positions, width)."""
         (*lead, positions, width), (*_, keys, _), (*_, value_width) = shapes
         batch, heads = self._split(lead)
         run = Attention(name or str(len(self.found)), heads, heads, positions, keys, width, value_width, batch)
         pairs = batch * heads * positions * keys
-        self._record(replace(run, qk_macs=pairs * width, pv_macs=pairs * value_width), operands)
+        run = replace(run, qk_macs=pairs * width, pv_macs=pairs * value_width)
+        self._record(replace(run, is_replaceable=is_replaceable and bool(name)), operands)
 
     def _add(self, scores: Scores, values: Operand, product: Product, name: str) -> None:
         first, shape, axis = scores.products[0], scores.shape, scores.axis

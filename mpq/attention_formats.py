@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpq.activations import name_running_modules
+from mpq.attention_operators import module_of
 from mpq.formats import NumberFormat, parse
 from mpq.layers import Layer
 from mpq.options import Option
@@ -69,7 +70,7 @@ def quantised_attention(model: nn.Module, choices: Mapping[str, AttentionChoice]
         scores = Q(q) Q(k)ᵀ · scale + mask,    p = softmax(scores),    output = Q(p) Q(v),    k and v out of the cache
 
     What runs through `torch.nn.functional.scaled_dot_product_attention`, looked up when it is called, is seen;
-    attention that a model spells out, or that runs in a fused encoder layer, is not. Dropout is left out.
+    attention that a model spells out is not. Dropout is left out.
 
     Args:
         model: any; not changed.
@@ -86,7 +87,66 @@ def quantised_attention(model: nn.Module, choices: Mapping[str, AttentionChoice]
         >>> torch.allclose(found, functional.scaled_dot_product_attention(x, x, x), atol=1e-6)
         True
     """
+    with _simulated(model, choices) as met:
+        yield model
+    if unmet := [pattern for pattern in choices if pattern not in met]:
+        raise ValueError(
+            f"pattern {unmet[0]!r} matched no attention that ran: it must name a module that calls "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+@contextmanager
+def quantised_operators(model: nn.Module, formats: Mapping[Layer, NumberFormat | None]) -> Iterator[nn.Module]:
+    """The model with planned operators of attention in formats, as `quantised_attention` simulates them.
+
+    Args:
+        model: any; not changed.
+        formats: of the inputs of operators (`mpq.attention_operators.attention_operators`); fp32 leaves one as it is.
+
+    Raises:
+        ValueError: if the model lacks a module, or, on the way out, if one ran without attention that can be quantised.
+    """
+    choices = _choices(formats)
+    ran: dict[str, None] = {}
+    with ExitStack() as stack:
+        for name in choices:
+            module = _module(model, name)
+            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: ran.setdefault(name)).remove)
+        met = stack.enter_context(_simulated(model, choices))
+        yield model
+    if unmet := [name for name in ran if name not in met]:
+        raise ValueError(
+            f"the attention of {unmet[0]!r} was to be quantised and did not run through torch.nn.functional."
+            "scaled_dot_product_attention: load a transformers model with attn_implementation='sdpa', or leave its "
+            "operators out of the plan"
+        )
+
+
+def _choices(formats: Mapping[Layer, NumberFormat | None]) -> dict[str, AttentionChoice]:
+    """What the attention of every module takes in which an operator does not stay as it is."""
+    options: dict[str, dict[str, Option]] = {}
+    for operator, fmt in formats.items():
+        if fmt is not None and fmt.name != "fp32":
+            options.setdefault(module_of(operator), {})[operator.kind] = Option(None, fmt)
+    return {
+        name: AttentionChoice(scores=own.get("scores"), mixing=own.get("mixing"), cache=own.get("cache"))
+        for name, own in options.items()
+    }
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"the model has no module {name!r}: the plan is for another model") from error
+
+
+@contextmanager
+def _simulated(model: nn.Module, choices: Mapping[str, AttentionChoice]) -> Iterator[set[str]]:
+    """Attention in the formats of the patterns; yields the set of those that some attention has met so far."""
     given, running = functional.scaled_dot_product_attention, list[str]()
+    fused = torch.backends.mha.get_fastpath_enabled()
     met: set[str] = set()
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,20 +155,30 @@ def quantised_attention(model: nn.Module, choices: Mapping[str, AttentionChoice]
         if pattern is None:
             return given(query, key, value, *args, **kwargs)
         met.add(pattern)
+        operands = _operands((query, key, value), choices[pattern], name)
         named = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-        return _attention((query, key, value), choices[pattern], name, **named)
+        if choices[pattern].mixing is None and choices[pattern].probabilities is None:
+            return given(*operands, **named | {"dropout_p": 0.0})
+        return _attention(operands, choices[pattern], name, **named)
 
     functional.scaled_dot_product_attention = attention
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention calls the function only on its slow path
     try:
         with name_running_modules(model, running):
-            yield model
+            yield met
     finally:
         functional.scaled_dot_product_attention = given
-    if unmet := [pattern for pattern in choices if pattern not in met]:
-        raise ValueError(
-            f"pattern {unmet[0]!r} matched no attention that ran: it must name a module that calls "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _operands(
+    operands: tuple[Tensor, Tensor, Tensor], choice: AttentionChoice, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as they enter the two products."""
+    query, key, value = operands
+    key, value = (_quantised(part, choice.format_of("cache"), f"{name} (cache)") for part in (key, value))
+    query, key = (_quantised(part, choice.format_of("scores"), f"{name} (q·k)") for part in (query, key))
+    return query, key, _quantised(value, choice.format_of("mixing"), f"{name} (values)")
 
 
 def _attention(
@@ -122,11 +192,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """Attention spelled out, with probabilities in the format of the choice."""
     query, key, value = operands
-    key, value = (_quantised(part, choice.format_of("cache"), f"{name} (cache)") for part in (key, value))
-    query, key = (_quantised(part, choice.format_of("scores"), f"{name} (q·k)") for part in (query, key))
-    mixing = choice.format_of("mixing")
-    value = _quantised(value, mixing, f"{name} (values)")
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -138,7 +205,7 @@ def _attention(
         is_bool = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
     weights = scores.softmax(-1)
-    fmt = choice.probabilities if isinstance(choice.probabilities, NumberFormat) else mixing
+    fmt = choice.probabilities if isinstance(choice.probabilities, NumberFormat) else choice.format_of("mixing")
     return _quantised(weights, fmt, f"{name} (probabilities)") @ value
 
 

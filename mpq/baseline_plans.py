@@ -120,7 +120,7 @@ class BaselinePlans:
             return np.ones(len(self.levels))
         each = table.parameters if table.parameters is not None else [layer.parameters for layer in table.layers]
         total: NDArray[np.float64] = np.bincount(self.groups, weights=np.asarray(each)).astype(np.float64)
-        return total
+        return np.maximum(total, 1.0)  # operators of attention have none
 
     @cached_property
     def cheapest(self) -> Choices:

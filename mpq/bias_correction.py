@@ -115,7 +115,7 @@ def _run(model: nn.Module, batches: list[Batch]) -> None:
 def _expected(model: nn.Module, batches: list[Batch], plan: Plan, quantizer: Quantizer) -> dict[str, Tensor]:
     shifts: dict[str, tuple[nn.Module, _Mean]] = {}
     with ExitStack() as stack:
-        for entry in plan.entries:
+        for entry in plan.of_layers:
             parameters = layer_parameters(model, entry.layer)
             for name, module in modules_with_bias(model, entry.layer):
                 weight = quantised_weight(parameters[0].data, entry.choice, entry.layer, quantizer)
@@ -147,7 +147,7 @@ def _both_ways(entry: Entry, parameters: list[nn.Parameter], weight: Tensor, mea
 
 
 def _observed(model: nn.Module, batches: list[Batch], plan: Plan, quantizer: Quantizer) -> dict[str, Tensor]:
-    layers = [(e.layer, name, module) for e in plan.entries for name, module in modules_with_bias(model, e.layer)]
+    layers = [(e.layer, name, module) for e in plan.of_layers for name, module in modules_with_bias(model, e.layer)]
     exact = {name: _Mean(layer) for layer, name, _ in layers}
     with ExitStack() as stack:
         for _, name, module in layers:

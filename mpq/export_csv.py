@@ -15,7 +15,8 @@ def to_csv(plan: Plan) -> dict[str, Any]:
     """The plan as ``columns`` and ``rows``, a row a layer; `csv_text` writes them.
 
     ``weight_bits`` are of one value, ``stored_bits_per_weight`` count scales and zero points too, ``bytes`` are of the
-    weight as stored. A split layer has averages and its counts in ``option``.
+    weight as stored. A split layer has averages and its counts in ``option``; an operator of attention has no weights,
+    and ``weight_bits`` are those of its inputs.
     """
     rows = [
         [
@@ -23,7 +24,7 @@ def to_csv(plan: Plan) -> dict[str, Any]:
             entry.layer.weight_name,
             str(entry.choice),
             entry.value_bits,
-            entry.storage_bits / entry.layer.parameters,
+            entry.storage_bits / max(entry.layer.parameters, 1),
             entry.layer.parameters,
             entry.storage_bits / 8,
         ]

@@ -39,8 +39,9 @@ def without_refused(costs: pd.DataFrame, network: Network, space: SearchSpace, t
         ValueError: if the target is unknown, or a layer is left without an option: it names the layer and the reasons.
     """
     refused = dict(costs.attrs["refused"])
+    planned = {layer.name: layer for layer in (*network.layers, *space.operators(network))}
     for name, options in space.candidates(network).items():
-        reasons = {str(option): refusal(target, network[name], option) for option in options}
+        reasons = {str(option): refusal(target, planned[name], option) for option in options}
         for label, reason in reasons.items():
             if reason is not None:
                 refused.setdefault((name, label), f"{target}: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpq.exported_layers import without_operators
 from mpq.formats import CHANNEL, Float, Integer, Minifloat, NumberFormat
 from mpq.granularity import MINMAX
 from mpq.layers import Layer
@@ -43,7 +44,7 @@ def to_torchao(plan: Plan) -> dict[str, Any]:
         ValueError: if a layer is split, its weight is not a module's, or torchao has no config for its option.
     """
     configs = {}
-    for entry in plan.entries:
+    for entry in without_operators(plan, "torchao").entries:
         config = _config(entry)
         if config is not None:
             for name in (entry.layer.weight_name, *entry.layer.aliases):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
+from mpq.attention_operators import is_float, is_operator
 from mpq.formats import Float, Integer, UnsignedInteger
 from mpq.granularity import MINMAX
 from mpq.layers import Layer
@@ -31,10 +33,10 @@ def taken_layers(plan: Plan, target: str, refused: Refusal) -> list[tuple[Layer,
         refused: why it cannot hold an option of a layer; None if it can.
 
     Raises:
-        ValueError: if a layer is split, or the target cannot hold its option.
+        ValueError: if a layer is split, the target cannot hold its option, or attention is quantised.
     """
     taken = []
-    for entry in plan.entries:
+    for entry in without_operators(plan, target).entries:
         choice = _whole(entry)
         if choice is None:
             raise ValueError(f"{target} takes one format a layer, {entry.layer.name!r} is split: {entry.choice}")
@@ -43,6 +45,31 @@ def taken_layers(plan: Plan, target: str, refused: Refusal) -> list[tuple[Layer,
             raise ValueError(f"{target} cannot hold {choice} ({entry.layer.name!r}): {reason}")
         taken.append((entry.layer, choice))
     return taken
+
+
+def without_operators(plan: Plan, target: str) -> Plan:
+    """The plan without operators of attention, none of which may be quantised.
+
+    Raises:
+        ValueError: if one is: no target takes formats of attention from a plan.
+    """
+    entries = plan.of_layers
+    if len(entries) == len(plan.entries):
+        return plan
+    for entry in plan.entries:
+        if is_operator(entry.layer) and (reason := operator_refusal(*entry.options)):
+            raise ValueError(f"{target} cannot hold {entry.choice} ({entry.layer.name!r}): {reason}")
+    return replace(plan, entries=entries)
+
+
+def operator_refusal(option: Option) -> str | None:
+    """Why no target holds an option of an operator of attention; None where it stays in floats."""
+    if is_float(option):
+        return None
+    return (
+        "mpq exports formats of weights and of layers' inputs, not of attention. Set the format of the cache where the "
+        "model is run, and export plan.with_options({'*:*': '-/fp16'})"
+    )
 
 
 def _whole(entry: Entry) -> Option | None:

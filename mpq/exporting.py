@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.atomic import write_atomically
+from mpq.attention_operators import is_operator
 from mpq.export_autoround import refused_by_autoround, to_autoround
 from mpq.export_compressed_tensors import refused_by_compressed_tensors, to_compressed_tensors
 from mpq.export_csv import csv_text, to_csv
@@ -19,7 +20,7 @@ from mpq.export_modelopt import refused_by_modelopt, to_modelopt
 from mpq.export_onnxruntime import refused_by_onnxruntime, to_onnxruntime
 from mpq.export_quanto import refused_by_quanto, to_quanto
 from mpq.export_torchao import refused_by_torchao, to_torchao
-from mpq.exported_layers import Refusal
+from mpq.exported_layers import Refusal, operator_refusal, without_operators
 from mpq.layers import Layer
 from mpq.options import Option
 from mpq.plan import Plan
@@ -83,9 +84,11 @@ def export(plan: Plan, target: str, **settings: Any) -> dict[str, Any]:
             ``model`` for onnxruntime, which writes a file.
 
     Raises:
-        ValueError: if the target is unknown, or cannot hold a format of the plan; nothing is mapped silently.
+        ValueError: if the target is unknown, or cannot hold a format of the plan; nothing is mapped silently. Attention
+            in other formats than floats is refused by all but CSV, which lists it.
     """
-    return target_named(target).emit(plan, **settings)
+    found = target_named(target)
+    return found.emit(plan if found is TARGETS["csv"] else without_operators(plan, target), **settings)
 
 
 def write_export(plan: Plan, target: str, path: str | Path, **settings: Any) -> None:
@@ -120,7 +123,10 @@ def refusal(target: str, layer: Layer, option: Option | str) -> str | None:
         >>> refusal("llama.cpp", fc, "q8_0"), refusal("hawq", fc, "int4"), refusal("quanto", fc, "uint4@group32")
         (None, None, "its groups in 'fc' are @channel: write uint4@channel")
     """
-    return target_named(target).refused(layer, Option.parse(option))
+    found, asked = target_named(target), Option.parse(option)
+    if is_operator(layer) and found is not TARGETS["csv"]:
+        return operator_refusal(asked)
+    return found.refused(layer, asked)
 
 
 def target_named(name: str) -> ExportTarget:

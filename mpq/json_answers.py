@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -160,6 +159,8 @@ def _plain(value: Any) -> Any:
 
 def plan_answer(plan: Plan) -> dict[str, Any]:
     """`PLAN_KEYS` of a plan."""
+    from mpq.attention_operators import is_named
+
     patterns = [*plan.edited, *plan.provenance.get("pins", {})]
     layers = [
         {
@@ -169,7 +170,7 @@ def plan_answer(plan: Plan) -> dict[str, Any]:
             "option": str(entry.choice),
             "bits": entry.value_bits,
             "size": entry.storage_bits / 8,
-            "pinned": any(fnmatchcase(entry.layer.name, pattern) for pattern in patterns),
+            "pinned": any(is_named(entry.layer.name, pattern) for pattern in patterns),
         }
         for entry in plan.entries
     ]

@@ -82,7 +82,7 @@ def move_scales_into_layer_norms(
     """
     check_model(model, plan)
     batches = batches_of(data)
-    entries = {entry.layer.name: entry for entry in plan.entries}
+    entries = {entry.layer.name: entry for entry in plan.of_layers}
     with evaluating(model), torch.no_grad():
         behind = _linears_behind_norms(model, batches[0], entries)
         skipped = {norm: why for norm, names in behind.items() if (why := _refusal(model, norm, names, entries))}

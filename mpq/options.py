@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from mpq.attention_operators import is_named, is_operator_pattern, planned_operators
 from mpq.formats import NumberFormat, parse
 from mpq.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from mpq.layers import Network
+    from mpq.layers import Layer, Network
 
 _WEIGHT_ACTIVATION = re.compile(r"w(\d+)(?:a(\d+))?", re.IGNORECASE)
 _FLOAT_OF_BITS = {"16": "fp16", "32": "fp32"}
@@ -112,15 +112,21 @@ class SearchSpace:
 
     Args:
         options: the candidates of every layer, or a mapping from name patterns (`*`, `?`, `[...]` as in a shell) to
-            candidates; a later pattern overrides an earlier one.
+            candidates; a later pattern overrides an earlier one. A pattern that ends in ``:scores``, ``:mixing``,
+            ``:cache`` or ``:*`` names operators of attention (`mpq.attention_operators`), which are planned only where
+            one does; they take options without weight, such as ``-/int8``, and ``-/fp16`` to stay in floats. Other
+            patterns name layers.
         pins: a mapping from name patterns to the one option those layers take.
         ties: `"auto"` takes the groups the trace found (projections that runtimes fuse, convolutions whose outputs are
             added), `None` ties nothing, a list of name patterns ties all layers that match the same pattern.
+            ``*:cache`` gives every cache one format, as most runtimes do.
 
     Example:
         >>> space = SearchSpace(["int4", "int8"], pins={"fc": "int8"})
         >>> space.all_options
         (Option('int4'), Option('int8'))
+        >>> SearchSpace({"*": ["int4", "int8"], "*:cache": ["-/int4@token", "-/int8@token", "-/fp16"]}).all_options[2:]
+        (Option('-/int4@token'), Option('-/int8@token'), Option('-/fp16'))
     """
 
     options: Mapping[str, tuple[Option, ...]]
@@ -151,14 +157,24 @@ class SearchSpace:
         named = [option for candidates in self.options.values() for option in candidates]
         return tuple(dict.fromkeys([*named, *self.pins.values()]))
 
-    def candidates(self, network: Network) -> dict[str, tuple[Option, ...]]:
-        """The options of every layer of the network, pins applied.
+    def operators(self, network: Network) -> tuple[Layer, ...]:
+        """The operators of attention that a pattern of the options or pins names; they are planned after the layers.
 
         Raises:
-            ValueError: if a pattern matches no layer, a layer is left without candidates, or tied layers have no
-                option in common.
+            ValueError: if such a pattern matches none.
         """
-        names = [layer.name for layer in network.layers]
+        return planned_operators(network, (*self.options, *self.pins))
+
+    def candidates(self, network: Network) -> dict[str, tuple[Option, ...]]:
+        """The options of every layer of the network, then of every operator that is planned, pins applied.
+
+        Raises:
+            ValueError: if a pattern matches nothing, a layer is left without candidates or has one without weight, an
+                operator one with a weight, or tied layers have no option in common.
+        """
+        layers = [layer.name for layer in network.layers]
+        operators = [operator.name for operator in self.operators(network)]
+        names = [*layers, *operators]
         result: dict[str, tuple[Option, ...]] = {}
         for pattern, options in self.options.items():
             result |= dict.fromkeys(matching(pattern, names, "options"), options)
@@ -171,8 +187,7 @@ class SearchSpace:
                 + ": add a pattern '*', or pin it to a float format such as 'fp32'"
             )
         for name in names:
-            if bare := [option for option in result[name] if option.weight is None]:
-                raise ValueError(f"option {bare[0]} of layer {name!r} has no weight format, and the layer has weights")
+            _check_weights(name, result[name], is_operator=is_operator_pattern(name))
         for group in self.tied_layers(network):
             own = {id(result[name]): result[name] for name in group}  # layers share tuples; hashing options is slow
             if len(own) > 1 and not set.intersection(*map(set, own.values())):
@@ -188,20 +203,29 @@ class SearchSpace:
             return ()
         if self.ties == "auto":
             return network.siblings
-        names = [layer.name for layer in network.layers]
+        names = [layer.name for layer in (*network.layers, *self.operators(network))]
         return merged([matching(pattern, names, "ties") for pattern in self.ties], names)
 
 
 def matching(pattern: str, names: list[str], role: str) -> list[str]:
-    """The names that a shell pattern matches.
+    """The names that a shell pattern matches: of operators of attention where it names those, else of layers.
 
     Raises:
         ValueError: if there are none; it names the closest names.
     """
-    found = [name for name in names if fnmatchcase(name, pattern)]
+    found = [name for name in names if is_named(name, pattern)]
     if not found:
-        raise ValueError(f"{role}: pattern {pattern!r} matches no layer{did_you_mean(pattern, names)}")
+        what = "planned operator of attention" if is_operator_pattern(pattern) else "layer"
+        raise ValueError(f"{role}: pattern {pattern!r} matches no {what}{did_you_mean(pattern, names)}")
     return found
+
+
+def _check_weights(name: str, options: Iterable[Option], *, is_operator: bool) -> None:
+    for option in options:
+        if is_operator and option.weight is not None:
+            raise ValueError(f"option {option} of {name!r} has a weight format, attention has no weights: write -/int8")
+        if not is_operator and option.weight is None:
+            raise ValueError(f"option {option} of layer {name!r} has no weight format, and the layer has weights")
 
 
 def _parsed(pattern: str, candidates: Candidates) -> tuple[Option, ...]:

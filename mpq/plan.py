@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpq.attention_operators import is_operator
 from mpq.formats import NumberFormat
 from mpq.input_range import InputRange
 from mpq.layers import Layer, Network
@@ -66,10 +67,13 @@ class Split:
 class Entry:
     """One layer of a plan and what it takes: one option, or a `Split` where its units differ.
 
+    The layer may be an operator of attention (`mpq.attention_operators`): it takes an option without weight, stores
+    nothing, and its bits are those of its inputs.
+
     `input_range` is the calibrated range of the layer's input; None: dynamic, every batch has its own.
 
     Raises:
-        ValueError: if the range is for another format, or another number of channels.
+        ValueError: if an operator's option has a weight, or the range is for another format or number of channels.
     """
 
     layer: Layer
@@ -77,6 +81,8 @@ class Entry:
     input_range: InputRange | None = None
 
     def __post_init__(self) -> None:
+        if is_operator(self.layer) and any(option.weight is not None for option in self.options):
+            raise ValueError(f"{self.layer.name!r} has no weights, {self.choice} has a weight format: write -/int8")
         if self.input_range is not None:
             self.input_range.check(self.layer, self.activation)
 
@@ -109,6 +115,8 @@ class Entry:
     @property
     def storage_bits(self) -> int:
         """Bits of the stored weight: values, scales, zero points and the index of a split layer."""
+        if is_operator(self.layer):
+            return 0
         if isinstance(self.choice, Option):
             return weight_format(self.choice).storage_bits(self.layer.weight_shape)
         units = Network((self.layer,)).units(self.choice.granularity)
@@ -117,7 +125,9 @@ class Entry:
 
     @property
     def value_bits(self) -> float:
-        """Bits of one stored value, averaged over the layer's weights."""
+        """Bits of one stored value, averaged over the layer's weights; of an operator, bits of one input."""
+        if is_operator(self.layer) and self.activation is not None:
+            return self.activation.bits
         if isinstance(self.choice, Option):
             return weight_format(self.choice).bits
         units = Network((self.layer,)).units(self.choice.granularity)
@@ -144,7 +154,7 @@ class Plan:
     """A bit-width plan.
 
     Args:
-        entries: one a planned layer, in execution order.
+        entries: one a planned layer, in execution order, then one a planned operator of attention.
         fingerprint: of the parameter names and shapes of the model it is for.
         predicted: what the table predicts, a quantity in base units (`measures`): never a measurement.
         measures: base unit of each predicted quantity.
@@ -176,8 +186,13 @@ class Plan:
 
     @property
     def weight_bits(self) -> dict[str, float]:
-        """{layer name: bits of one stored weight}; an average where a layer is split."""
-        return {entry.layer.name: entry.value_bits for entry in self.entries}
+        """{layer name: bits of one stored weight}; an average where a layer is split. Operators have none."""
+        return {entry.layer.name: entry.value_bits for entry in self.of_layers}
+
+    @property
+    def of_layers(self) -> tuple[Entry, ...]:
+        """The entries of layers: all but those of attention's operators."""
+        return tuple(entry for entry in self.entries if not is_operator(entry.layer))
 
     @property
     def average_bits(self) -> float:
@@ -335,17 +350,21 @@ class Plan:
         for label in self.options.values():
             counts[label] = counts.get(label, 0) + 1
         listed = ", ".join(f"{count} {label}" for label, count in sorted(counts.items(), key=lambda pair: -pair[1])[:6])
-        return f"Plan({len(self.entries)} layers: {listed}; {self.average_bits:.3f} bits a weight)"
+        operators = len(self.entries) - len(self.of_layers)
+        count = f"{len(self.of_layers)} layers" + (f" and {operators} operators" if operators else "")
+        return f"Plan({count}: {listed}; {self.average_bits:.3f} bits a weight)"
 
 
 def uniform_plan(plan: Plan, option: Option) -> Plan:
-    """The plan that gives every layer the same option; what uniform precision would be.
+    """The plan that gives every layer the same option; what uniform precision would be. Operators keep theirs.
 
     Layers that may not take the option (pinned, or with candidates of their own) keep what they have.
     """
     candidates = plan.provenance.get("candidates") or {}
     entries = tuple(
-        entry.with_choice(option) if str(option) in candidates.get(entry.layer.name, [str(option)]) else entry
+        entry.with_choice(option)
+        if str(option) in candidates.get(entry.layer.name, [str(option)]) and not is_operator(entry.layer)
+        else entry
         for entry in plan.entries
     )
     return Plan(entries=entries, fingerprint=plan.fingerprint, outside=plan.outside, measures=plan.measures)

@@ -48,24 +48,25 @@ class Priced:
     def table(
         self, scores: Mapping[str, pd.DataFrame], measure: str = "score", provenance: Mapping[str, Any] | None = None
     ) -> CostTable:
-        """The cost table, with columns of estimates beside the costs."""
-        units = self.network.units(self.granularity)
-        shape = (len(units), len(self.space.all_options))
+        """The cost table, with columns of estimates beside the costs; operators of attention follow the layers."""
+        units, operators = self.network.units(self.granularity), self.space.operators(self.network)
+        shape = (len(units) + len(operators), len(self.space.all_options))
         scored = {name: frame[name].to_numpy(float).reshape(shape) for name, frame in scores.items()}
-        whole = {label: index for index, label in enumerate(units.labels.tolist())}  # units that are whole layers
+        labels = [*units.labels.tolist(), *(operator.name for operator in operators)]
+        whole = {label: index for index, label in enumerate(labels)}  # units that are whole layers
         ties = self.space.tied_layers(self.network) if self.granularity in ("layer", "experts") else ()
         attributes = self.costs.attrs
         costs = _unit_costs(self.costs, self.network, self.space, units, self.granularity)
         return CostTable(
-            units=units.labels,
+            units=labels if operators else units.labels,
             options=list(map(str, self.space.all_options)),
             quantities=scored | costs,
             measures={name: attributes["measures"][name] for name in costs} | dict.fromkeys(scored, measure),
             aggregates=_of(costs, attributes["aggregates"]),
             alive=_of(costs, attributes["alive"]),
-            parameters=units.parameters,
-            layers=self.network.layers,
-            layer_index=units.layer_index,
+            parameters=np.append(units.parameters, [operator.parameters for operator in operators]).astype(np.int64),
+            layers=(*self.network.layers, *operators),
+            layer_index=np.append(units.layer_index, len(self.network.layers) + np.arange(len(operators))),
             granularity=self.granularity,
             ties=[group for names in ties if len(group := [whole[name] for name in names if name in whole]) > 1],
             offsets=_of(costs, attributes["offsets"]),
@@ -157,6 +158,11 @@ def price_network(
     if not network.layers:
         raise ValueError("the model must have a layer to plan (linear, convolution, embedding), found none")
     space.candidates(network)
+    if granularity != "layer" and (operators := space.operators(network)):
+        raise ValueError(
+            f"{operators[0].name!r} is scored by measuring, which takes no {granularity!r}: take granularity 'layer', "
+            "or leave operators of attention out of options and pins"
+        )
     network.units(granularity)
     costs = _target(hardware).costs(network, space, **run)
     _check_rows(costs, network, space)
@@ -166,7 +172,8 @@ def price_network(
 
 
 def _check_rows(costs: pd.DataFrame, network: Network, space: SearchSpace) -> None:
-    expected = [(layer.name, str(option)) for layer in network.layers for option in space.all_options]
+    planned = (*network.layers, *space.operators(network))
+    expected = [(layer.name, str(option)) for layer in planned for option in space.all_options]
     if wrong := [pair for pair in zip_longest(costs.index, expected) if pair[0] != pair[1]]:
         raise ValueError(f"hardware must price every (layer, option) in order, got {wrong[0][0]} for {wrong[0][1]}")
 
@@ -185,7 +192,7 @@ def _unit_costs(
 
     Units of one layer share its input: what is no sum over layers (peaks of memory, stages of a pipeline) is left out.
     """
-    shape = (len(network.layers), len(space.all_options))
+    shape = (len(network.layers) + len(space.operators(network)), len(space.all_options))
     by_layer = {name: costs[name].to_numpy(float).reshape(shape) for name in costs.columns}
     if granularity == "layer":
         return by_layer

@@ -269,7 +269,7 @@ def layer_codes(subject: Subject, choices: Choices) -> str | list[float]:
         if len(table.options) <= len(ALPHABET):
             return "".join(ALPHABET[code] for code in choices.tolist())
         return [float(code) for code in choices.tolist()]
-    weights = np.ones(len(choices)) if table.parameters is None else np.asarray(table.parameters, float)
+    weights = np.ones(len(choices)) if table.parameters is None else np.maximum(table.parameters, 1.0)
     bits = _option_bits(table.options)[choices]
     count = len(table.layers)
     total = np.bincount(table.layer_index, weights=weights * bits, minlength=count)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 
+from mpq.attention_operators import is_named
 from mpq.budgets import format_quantity
 from mpq.report_axes import Axis
 from mpq.report_formats import Look, choice_text, entry_look
@@ -121,7 +121,7 @@ def _marks(subject: Subject) -> dict[str, str]:
     plan = subject.plan
     names = [entry.layer.name for entry in plan.entries]
     pinned = [*plan.edited, *plan.provenance.get("pins", {})]
-    marks = {name: "pinned" for name in names if name in plan.edited or any(fnmatchcase(name, p) for p in pinned)}
+    marks = {name: "pinned" for name in names if name in plan.edited or any(is_named(name, p) for p in pinned)}
     ties = subject.table.ties if subject.table is not None and subject.table.granularity == "layer" else ()
     for number, group in enumerate(ties, 1):
         for unit in group:
@@ -139,7 +139,7 @@ def strip(rows: Sequence[LayerRow]) -> Strip:
     lefts = np.concatenate([[0.0], np.cumsum(widths)[:-1]])
     tops = [max(row.worst for row in group) for group in groups] if rows[0].worst is not None else []  # type: ignore[type-var]
     axis = Axis.over("predicted loss", "loss", tops) if tops else None  # type: ignore[arg-type]
-    bits = [float(np.average([r.bits for r in group], weights=[r.parameters for r in group])) for group in groups]
+    bits = [float(np.average([r.bits for r in g], weights=[max(r.parameters, 1) for r in g])) for g in groups]
     levels = _levels(bits)
     least = int(max(NARROW, BAR_PIXELS * len(groups)))
     bars = []

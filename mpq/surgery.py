@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpq.attention_operators import is_operator
 from mpq.fake_quantize import Limits, fake_quantize
 from mpq.formats import NumberFormat
 from mpq.input_range import InputRange
@@ -21,10 +22,11 @@ from mpq.weight_view import as_rows
 
 @contextmanager
 def quantized(model: nn.Module, plan: Plan, *, quantizer: Quantizer | None = None) -> Iterator[nn.Module]:
-    """The model with the plan's weights and layer inputs quantised and dequantised, restored on the way out.
+    """The model with the plan's weights, layer inputs and operators of attention quantised and dequantised.
 
     Weights are swapped, not written to: what comes back is what was there, also after an error. Ranges of layer inputs
     are those of the plan where they were calibrated (`mpq.activation_ranges`), else dynamic: each batch has its own.
+    Attention runs with quantised operands where the plan has operators of it (`mpq.attention_formats`).
 
     Args:
         model: any model with the layers of the plan.
@@ -32,17 +34,23 @@ def quantized(model: nn.Module, plan: Plan, *, quantizer: Quantizer | None = Non
         quantizer: how weights are quantised; rounds to nearest by default.
 
     Raises:
-        ValueError: if the plan is for another model, a weight holds NaN or infinity, or an input is to be quantised
-            that no module receives.
+        ValueError: if the plan is for another model, a weight holds NaN or infinity, an input is to be quantised that
+            no module receives, or on the way out, if attention ran that could not be quantised as planned.
     """
     quantizer = quantizer or RoundToNearest()
     check_model(model, plan)
     with ExitStack() as stack:
-        weights = [(layer_parameters(model, entry.layer), _swapped(model, entry, quantizer)) for entry in plan.entries]
+        entries = plan.of_layers
+        weights = [(layer_parameters(model, entry.layer), _swapped(model, entry, quantizer)) for entry in entries]
         for parameters, data in weights:
             stack.enter_context(swapped_data(parameters, data))
-        for entry in plan.entries:
+        for entry in entries:
             stack.enter_context(quantised_input(model, entry.layer, entry.activation, entry.input_range))
+        if len(entries) < len(plan.entries):
+            from mpq.attention_formats import quantised_operators
+
+            operators = {entry.layer: entry.activation for entry in plan.entries if is_operator(entry.layer)}
+            stack.enter_context(quantised_operators(model, operators))
         yield model
 
 
@@ -52,8 +60,8 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueError: if not; it names what is missing, has another shape, or is new.
     """
-    planned = {name for entry in plan.entries for name in (entry.layer.weight_name, *entry.layer.aliases)}
-    for entry in plan.entries:
+    planned = {name for entry in plan.of_layers for name in (entry.layer.weight_name, *entry.layer.aliases)}
+    for entry in plan.of_layers:
         layer_parameters(model, entry.layer)
     if plan.fingerprint and plan.fingerprint != fingerprint(model):
         extra = [name for name, value in model.named_parameters() if value.ndim > 1 and name not in planned]

@@ -37,6 +37,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "latency": ("s",),
     "energy": ("J",),
     "activation_peak": ("B",),
+    "cache": ("B",),
 }
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from mpq.budgets import format_quantity
@@ -253,9 +252,11 @@ def format_seconds(seconds: float) -> str:
 
 def _pinned(plan: Plan) -> set[str]:
     """Layers whose option was set by hand, in the search or afterwards."""
+    from mpq.attention_operators import is_named
+
     patterns = [*plan.edited, *plan.provenance.get("pins", {})]
     names = [entry.layer.name for entry in plan.entries]
-    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name for name in names if any(is_named(name, pattern) for pattern in patterns)}
 
 
 def _grouped(refused: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], list[str]]:

@@ -24,7 +24,7 @@ from mpq.tasks import LossFunction, Task
 
 from . import METHODS, available
 from .layer_runs import base_option
-from .measurement import Estimator, Measurement, Scores, check_ranks, check_weights
+from .measurement import Estimator, Measurement, Scores, check_operators, check_ranks, check_weights
 from .method_choice import MethodChoice, choose_method
 from .one_pass import OnePassEstimator, run_together
 from .single_layer import SingleLayer, measured_together
@@ -61,7 +61,7 @@ def estimate(  # noqa: PLR0917 - the order is public
         model: in full precision; comes back bit for bit.
         data: calibration data: a DataLoader, a list of batches, or one batch.
         network: of the model (`mpq.trace`).
-        space: which options are scored.
+        space: which options are scored; its operators of attention by methods that measure them alone.
         method: a name of `mpq.sensitivity.available()`, "auto" (`automatic`), or an estimator.
         task: how a batch is run and what the loss is; chosen from the data by default (`mpq.tasks.choose_task`).
         seed: of everything random.
@@ -99,7 +99,9 @@ def estimate(  # noqa: PLR0917 - the order is public
             pieces=Pieces(),
             progress=progress and Ranks.current().rank == 0,
             ranks=Ranks.current(),
+            operators=space.operators(network),
         )
+        check_operators(measurement, estimator)
         scores = estimator(_with_pieces(measurement, cache, (estimator,)))
         frame = _frame(scores, estimator, measurement, _index(measurement))
     if method == "auto":
@@ -176,8 +178,11 @@ def estimate_together(
             pieces=Pieces(),
             progress=progress and Ranks.current().rank == 0,
             ranks=Ranks.current(),
+            operators=space.operators(network),
         )
         estimators = _named_estimators(methods, settings or {}, measurement, space)
+        for each in estimators.values():
+            check_operators(measurement, each)
         scores: dict[str, Scores] = {}
         for run, group in _groups(estimators):  # in the same order on every rank
             together = tuple(group.values())
@@ -240,9 +245,8 @@ def _with_pieces(measurement: Measurement, cache: Any, estimators: tuple[Estimat
 def _index(measurement: Measurement) -> pd.MultiIndex:
     import pandas as pd
 
-    return pd.MultiIndex.from_product(
-        [measurement.units.labels, map(str, measurement.options)], names=["layer", "option"]
-    )
+    labels = [*measurement.units.labels, *(operator.name for operator in measurement.operators)]
+    return pd.MultiIndex.from_product([labels, map(str, measurement.options)], names=["layer", "option"])
 
 
 def _frame(scores: Scores, estimator: Estimator, measurement: Measurement, index: pd.MultiIndex) -> pd.DataFrame:

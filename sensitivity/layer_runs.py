@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mpq.attention_formats import quantised_operators
+from mpq.attention_operators import is_operator, keeps, runs_of
 from mpq.formats import NumberFormat
 from mpq.layers import Layer
 from mpq.options import Option
@@ -105,6 +107,24 @@ class LayerRuns:
         finally:
             if at_base:
                 self._quantise_input(layer)
+
+    def taking(self, layer: Layer, option: Option) -> AbstractContextManager[object] | None:
+        """One layer, or operator of attention, under an option; None where that is what it has at base already."""
+        model = self.measurement.model
+        if is_operator(layer):
+            kept = keeps(option, self.measurement.network.dtype)
+            return None if kept else quantised_operators(model, {layer: option.activation})
+        weight = self.weight(layer, option)
+        return None if self.is_unchanged(layer, option, weight) else self.changed(layer, weight, option.activation)
+
+    def first_changed(self, layer: Layer) -> Layer:
+        """The layer from which on a run differs: itself; of an operator, a layer whose outputs reach it."""
+        if not is_operator(layer):
+            return layer
+        network = self.measurement.network
+        run = network.attention[runs_of(layer, network)[0]]
+        feeding = [name for name in (*run.query_layers, *run.key_layers, *run.value_layers) if name in network]
+        return network[feeding[0]] if feeding else layer
 
     def is_unchanged(self, layer: Layer, option: Option, weight: Tensor) -> bool:
         """Whether an option, with the weight it gives, is what the layer has at base already."""

@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mpq.attention_formats import quantised_operators
 from mpq.batches import Batch
 from mpq.cache import ADDRESS, Pieces, description, fingerprint_of
 from mpq.fake_quantize import FLOATS
+from mpq.formats import parse
 from mpq.layers import Layer, Network, Units
 from mpq.options import Option
 from mpq.quantizer import Quantizer
@@ -29,7 +31,8 @@ class Measurement:
     """What is measured, on what.
 
     `candidates` has the options each layer may take; `units` the units of all layers in order; `pieces` holds finished
-    work of an earlier, interrupted run; `ranks` share out the work.
+    work of an earlier, interrupted run; `ranks` share out the work. `operators` of attention are scored after the
+    layers, by the methods that take them (`takes_operators`).
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Measurement:
     pieces: Pieces
     progress: bool
     ranks: Ranks = field(default_factory=Ranks)
+    operators: tuple[Layer, ...] = ()
 
     @property
     def units(self) -> Units:
@@ -75,6 +79,25 @@ def check_weights(model: nn.Module, network: Network) -> None:
         weight = layer_parameters(model, layer)[0]
         if weight.dtype in FLOATS and not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"the weight of {layer.name!r} must be finite, it holds NaN or infinity")
+
+
+def check_operators(measurement: Measurement, estimator: object) -> None:
+    """Check that a method can score the operators of attention, and that they run where they can be quantised.
+
+    Raises:
+        ValueError: if not; it names the method and the way out, or the module.
+    """
+    if not measurement.operators:
+        return
+    if not getattr(estimator, "takes_operators", False):
+        first = measurement.operators[0].name
+        raise ValueError(
+            f"{type(estimator).__name__} scores weights, and {first!r} has none: measure it, with sensitivity='kl' "
+            "('loss' or 'output_mse'), or leave operators of attention out of options and pins"
+        )
+    coarse = dict.fromkeys(measurement.operators, parse("bf16").bind("activation"))
+    with torch.no_grad(), quantised_operators(measurement.model, coarse):
+        measurement.task.run(measurement.model, measurement.batches[0])
 
 
 def check_ranks(measurement: Measurement, *settings: object) -> None:

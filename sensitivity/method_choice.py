@@ -37,6 +37,8 @@ def choose_method(network: Network, space: SearchSpace, samples: int, granularit
         'measuring all 2 choices takes 2.4e+03 multiply-adds; up to 1e+13 it is done'
     """
     candidates = space.candidates(network)
+    if space.operators(network):
+        return MethodChoice(KL(), "operators of attention have no weights: nothing but measuring scores them")
     if granularity != "layer":
         if any(layer.kind == "embedding" and len(candidates[layer.name]) > 1 for layer in network.layers):
             return MethodChoice(WeightError(), "rows of an embedding that no sample meets have no gradient; pin it")
@@ -67,6 +69,8 @@ def automatic(network: Network, space: SearchSpace, samples: int, granularity: s
     `output_fisher` is up to three times cheaper, and its plan on EfficientNet-Lite0 diverged 44 % more at 4 bits; it
     has no groups. The measured increase of the `loss` drowns in noise at high precision, and `weight_error` knows
     nothing of the loss.
+
+    Operators of attention (`SearchSpace.operators`) are always measured, whatever it takes.
 
     Example:
         >>> import torch

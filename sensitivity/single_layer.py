@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,9 +37,14 @@ class SingleLayer:
         keep_bytes: of module outputs kept for a batch, so that what comes before the changed layer is not run again;
             and of quantised weights, where there are several batches. 0: full runs.
 
+    Operators of attention are scored like layers, their inputs quantised in all runs of their module; the base, which
+    is one of weights, leaves them as they are.
+
     Cost: layers x options runs of the data, each only from its layer on: half of that in a deep chain, and one run a
     batch to begin with. See `PrefixReuse` for when a run is a full one.
     """
+
+    takes_operators: ClassVar[bool] = True
 
     base: str | Option = "full"
     keep_bytes: int = field(default=KEEP_BYTES, repr=False)
@@ -83,7 +89,7 @@ def measured_together(methods: Sequence[SingleLayer], measurement: Measurement) 
             f"{names} measures whole layers, got granularity {measurement.granularity!r}: "
             "use output_fisher (rows) or weight_error"
         )
-    layers = measurement.network.layers
+    layers = (*measurement.network.layers, *measurement.operators)
     runs = LayerRuns(measurement, base_option(methods[0].base), max(method.keep_bytes for method in methods))
     total = np.zeros((len(layers), len(methods), 2, len(measurement.options)))
     steps = [(batch, layer) for batch in range(len(measurement.batches)) for layer in range(len(layers))]
@@ -108,16 +114,17 @@ def _sums(methods: Sequence[SingleLayer], on_batch: BatchRuns, layer: Layer) -> 
     sums = np.full((len(methods), 2, len(runs.measurement.options)), np.nan)
     on_batch.exact  # noqa: B018 - in full precision, so before the base
     with runs.at_base():
-        on_batch.recorded.verify(layer)
+        runs_from = runs.first_changed(layer)
+        on_batch.recorded.verify(runs_from)
         for column, option in enumerate(runs.measurement.options):
             if not runs.measurement.is_candidate(layer, option):
                 continue
-            weight = runs.weight(layer, option)
-            if runs.is_unchanged(layer, option, weight):
+            changed = runs.taking(layer, option)
+            if changed is None:
                 sums[..., column] = 0
                 continue
-            with runs.changed(layer, weight, option.activation):
-                outputs = on_batch.recorded.outputs(layer)
+            with changed:
+                outputs = on_batch.recorded.outputs(runs_from)
             for place, method in enumerate(methods):
                 difference = on_batch.increase(method, outputs)
                 sums[place, :, column] = float(difference.sum()), float(difference.square().sum())
