@@ -211,6 +211,9 @@ def measure(
     if isinstance(model, str | Path | Checkpoint):
         from mpq.checkpoint_search import measure_checkpoint
 
+        given = {"quantizer": quantizer, "task": task, "method_settings": method_settings}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{unused[0]} needs a model that runs, a folder of weights is only read: load the model")
         run |= {"hardware": hardware, "budgets": budgets, "solver": solver, "granularity": granularity}
         return measure_checkpoint(model, data, space, sensitivity=sensitivity, progress=progress, **run)
     data = batches_of(data)  # read once: a loader may shuffle, a generator ends

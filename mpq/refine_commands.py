@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,9 +23,6 @@ from mpq.command_arguments import (
 )
 from mpq.command_group import AnswerCommand
 from mpq.json_answers import REFINEMENT_KEYS, json_text
-
-if TYPE_CHECKING:
-    from mpq.evaluator import Evaluator
 
 _METRIC_HELP = (
     "What is made small: divergence from full precision, the drop of accuracy or agreement, the rise of the loss, or "
@@ -100,9 +97,10 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
     from mpq.refinement import refine as refine_table
 
-    how = {"seed": given["seed"], "level": given["level"], "quantizer": quantizer, "pins": pinned}
-    judge = _evaluator(source, loaded, given, quantizer)
-    found = refine_table(source.model, source.data, loaded, asked, holdout=source.holdout, evaluator=judge, **how)
+    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "level", "cache", "storage")}
+    how |= {"task": source.task, "quantizer": quantizer, "metric": _metric(given["metric"]), "pins": pinned}
+    study = {"study": given["study"]} if given["study"] is not None else {}
+    found = refine_table(source.model, source.data, loaded, asked, holdout=source.holdout, **how, **study)
     written = [given["output"]] if given["output"] is not None else []
     for path in written:
         found.plan.save(path)
@@ -115,23 +113,6 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     if given["front"] is not None:
         click.echo(found.evaluator.frontier(given["front"]).to_frame().to_csv(index=False), nl=False)
     say_written(*written)
-
-
-def _evaluator(source: Any, table: Any, given: dict[str, Any], quantizer: Any) -> Evaluator:
-    """What measures the plans: alone, or together with the other processes on a storage."""
-    from mpq.evaluator import Evaluator
-    from mpq.refinement import EVALUATIONS
-
-    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "cache")}
-    if given["evaluations"] is None and given["seconds"] is None:
-        how["evaluations"] = EVALUATIONS
-    how |= {"task": source.task, "quantizer": quantizer, "metric": _metric(given["metric"])}
-    if given["storage"] is None:
-        return Evaluator(source.model, source.data, table, **how)
-    from mpq.shared_evaluator import SharedEvaluator
-
-    how |= {"storage": given["storage"], "study": given["study"] or "refine"}
-    return SharedEvaluator(source.model, source.data, table, **how)
 
 
 def _metric(name: str) -> Any:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from mpq.drops import Metric
     from mpq.quantizer import Quantizer
     from mpq.tasks import LossFunction, Task
 
@@ -122,6 +123,7 @@ def refine(
     pins: Mapping[str, Option | str] | None = None,
     task: Task | LossFunction | str | None = None,
     quantizer: Quantizer | None = None,
+    metric: Metric = "divergence",
     evaluations: float | None = None,
     seconds: float | None = None,
     seed: int = 0,
@@ -149,6 +151,8 @@ def refine(
         pins: name patterns and the option those layers take.
         task: as for `search`.
         quantizer: as for `search`.
+        metric: what is made small, as for `Evaluator`: "divergence", a drop of "accuracy" or "agreement", the rise of
+            "loss", or the drop of a function.
         evaluations: measurements of the whole data, parts counting as parts; 200 where no seconds are given either.
         seconds: no measurement is begun later.
         seed: of everything random.
@@ -158,7 +162,7 @@ def refine(
             for: they measure the plans of one search together and end with the same plan; one that dies loses nothing
             (`mpq.shared_evaluator`).
         study: its name there.
-        evaluator: an `Evaluator` to go on with; then data, task, quantizer, limits and cache are its own.
+        evaluator: an `Evaluator` to go on with; then data, task, quantizer, metric, limits and cache are its own.
         **settings: fields of `mpq.measured_search.Settings`: offspring, patience, level, kbest, draws, ...
 
     Returns:
@@ -183,7 +187,8 @@ def refine(
     problem = build_problem(table, limits, "sensitivity", labels, {})
     if evaluator is None:
         most = EVALUATIONS if evaluations is None and seconds is None else evaluations
-        how: dict[str, Any] = {"task": task, "quantizer": quantizer, "cache": cache, "seconds": seconds, "seed": seed}
+        how: dict[str, Any] = {"task": task, "quantizer": quantizer, "metric": metric}
+        how |= {"cache": cache, "seconds": seconds, "seed": seed}
         if storage is None:
             evaluator = Evaluator(model, data, table, evaluations=most, **how)
         else:

@@ -17,6 +17,7 @@ from mpq.__main__ import main
 from mpq.checkpoints import read_checkpoint
 from mpq.fake_quantize import fake_quantize
 from mpq.plan import Plan
+from mpq.quantizer import RoundToNearest
 from mpq.sensitivity import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -157,6 +158,8 @@ def test_errors_name_what_is_wrong(tmp_path):
         mpq.search(tmp_path, {"input_ids": IDS}, ["int4"], {"size": "30%"})
     with pytest.raises(ValueError, match=r"sensitivity of a path.*'kl'"):
         mpq.search(tmp_path, None, ["int4"], {"size": "30%"}, sensitivity="kl")
+    with pytest.raises(ValueError, match="quantizer needs a model that runs"):
+        mpq.search(tmp_path, None, ["int4"], {"size": "30%"}, quantizer=RoundToNearest())
     with pytest.raises(ValueError, match="refine and holdout measure the model"):
         mpq.search(tmp_path, None, ["int4"], {"size": "30%"}, refine=5)
     with pytest.raises(mpq.InfeasibleError):

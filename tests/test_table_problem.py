@@ -142,14 +142,6 @@ def test_what_can_be_reached_is_told_from_the_budget():
         solve_units(table, {"size": 18_400})
 
 
-def test_what_can_be_reached_is_told_from_the_budget():
-    table = CostTable(
-        units=["a"], options=["int4"], quantities={"sensitivity": [[1.0]], "size": [[18_401.0]]}
-    )
-    with pytest.raises(ValueError, match="reached is 18401 against 18400"):
-        solve_units(table, {"size": 18_400})
-
-
 def test_a_table_without_layers_makes_no_plan():
     with pytest.raises(ValueError, match="no layers to make a plan for"):
         solve_table(coupled_table(), {"size": 20.0})
