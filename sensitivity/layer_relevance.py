@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from mpq.batches import batches_of, model_inputs
+from mpq.cache import Pieces
 from mpq.layers import Network
-from mpq.progress import track
+from mpq.quantizer import RoundToNearest
+from mpq.ranks import Ranks
 from mpq.surgery import evaluating
 from mpq.task_choice import choose_task
 from mpq.tasks import LossFunction, Task
 from mpq.tracing import trace
 
-from .relevance_pass import BatchRelevance, Bias, Propagation, Residual, Target, batch_relevance
+from .measurement import Measurement, check_ranks
+from .relevance_pass import BatchRelevance, Bias, Propagation, Residual, Target
+from .relevance_ranks import shared_relevance
 from .relevance_rules import Rule
 
 if TYPE_CHECKING:
@@ -84,12 +88,15 @@ def relevance(
         output). Per channel it is indexed by (layer, channel), has the output columns alone, and layers whose outputs
         are not the rows of one weight have one channel.
 
+    Where `torch.distributed` is initialised, its ranks share the batches, and every rank returns the same frame: all of
+    them must call it with the same whole model, data and settings.
+
     Cost: measured on a small transformer, in forward and backward passes: 3 with epsilon, 4 with z+, 6 with alpha-beta,
     8 with gamma. Weights that functions use make it run one sample at a time.
 
     Raises:
         ValueError: if rule, target or data do not fit, the outputs have no gradient, or relevance is not finite, naming
-            the layer.
+            the layer; or ranks differ.
 
     Example:
         Of y = 3 a + 1 b with a = b = 1, three quarters come by the first path:
@@ -115,10 +122,22 @@ def relevance(
     with evaluating(model):
         network = network or trace(model, model_inputs(model, batches[0]))
         chosen = choose_task(model, batches[0], task)
-        parts = [
-            batch_relevance(model, batch, network, chosen, propagation)
-            for batch in track(batches, "relevance", shown=progress)
-        ]
+        measurement = Measurement(
+            model=model,
+            batches=batches,
+            network=network,
+            options=(),
+            candidates={},
+            granularity="layer",
+            task=chosen,
+            quantizer=RoundToNearest(),
+            seed=0,
+            pieces=Pieces(),
+            progress=progress and Ranks.current().rank == 0,
+            ranks=Ranks.current(),
+        )
+        check_ranks(measurement, propagation, chosen, per)
+        parts = shared_relevance(measurement, propagation)
     frame = _by_layer(parts, network) if per == "layer" else _by_channel(parts, network)
     started, arrived = (float(sum(part.sum() for part in ends)) for ends in _ends(parts))
     unruled = sum((part.unruled for part in parts), Counter[str]())

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mpq.layers import Layer
 from mpq.weight_view import as_rows
 
-Apply = Callable[[Tensor], Tensor]
+from .watched_convolution import Convolution, watched_convolution
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Apply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,33 +35,39 @@ class Call:
     module: nn.Module
     parameter: nn.Parameter
 
+    @cached_property
+    def convolution(self) -> Convolution | None:
+        """What the module's forward comes to, where that is one convolution by the layer's weight."""
+        return None if self.parameter.ndim < 3 else watched_convolution(self.apply, self.inputs, self.parameter)
+
 
 def weight_gradients(call: Call, layer: Layer, samples: int, rows: slice) -> Tensor:
     """(samples, rows, in...): gradients of each sample's loss with respect to some rows of the (out, in...) view.
 
         dense          G_j = Σ_t g_jt x_jtᵀ            one batched product over tokens t
-        convolution    the same sum over places         the convolution's own backward, sample by sample
+        convolution    the same sum over places         see `convolution_gradients`
         embedding      G_j[id_jt] += g_jt
         anything else  autograd through `apply`         a backward of the whole batch a sample
 
-    Modules count as one of these only where their forward is torch's own (or transformers' Conv1D): a subclass may do
-    anything with its weight.
+    Modules count as dense or as embeddings only where their forward is torch's own (or transformers' Conv1D): a
+    subclass may do anything with its weight. Convolutions are told by what they do (`watched_convolution`), so that
+    subclasses which only pad their input in their own way count.
     """
     if is_dense(call.module, call.parameter):
         return _dense(call, layer, samples, rows)
     if is_stock(call.module, (nn.Embedding,), call.parameter) and call.module.max_norm is None:
         return _embedding(call, layer, samples, rows)
-    if is_stock(call.module, (*_CONVOLUTIONS, *_TRANSPOSED), call.parameter):
-        return _convolution(call, layer, samples, rows)
+    if call.convolution is not None:
+        return _convolution(call, call.convolution, layer, samples, rows)
     return _by_autograd(call, layer, samples)[:, rows]
 
 
 def row_blocks_are_cheap(call: Call) -> bool:
     """Whether the gradients of some rows cost only their share."""
-    module: Any = call.module
-    if is_dense(module, call.parameter) or is_stock(module, (nn.Embedding,), call.parameter):
+    if is_dense(call.module, call.parameter) or is_stock(call.module, (nn.Embedding,), call.parameter):
         return True
-    return is_stock(module, _CONVOLUTIONS, call.parameter) and bool(module.groups == 1)
+    convolution = call.convolution
+    return convolution is not None and not convolution.transposed and convolution.groups == 1
 
 
 def is_dense(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -100,37 +104,53 @@ def _embedding(call: Call, layer: Layer, samples: int, rows: slice) -> Tensor:
     return total.index_add_(0, place, by_sample(call.gradient, samples)[wanted]).reshape(samples, count, width)
 
 
-def _convolution(call: Call, layer: Layer, samples: int, rows: slice) -> Tensor:
-    module: Any = call.module
-    transposed = isinstance(module, _TRANSPOSED)
-    inputs, gradient = call.inputs.to(call.gradient.dtype), call.gradient
-    weight = call.parameter.detach().to(gradient.dtype)
-    padding = _explicit_padding(module)
-    if padding is None:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * len(module.kernel_size)
-    sliced = not transposed and module.groups == 1
-    if sliced:
-        gradient, weight = gradient.narrow(1, rows.start, rows.stop - rows.start), weight[rows]
-    stored = [
-        torch.ops.aten.convolution_backward(
-            part.contiguous(), given, weight, None, module.stride, padding, module.dilation,
-            transposed, module.output_padding, module.groups, (False, True, False),
-        )[1]
-        for part, given in zip(gradient.tensor_split(samples), inputs.tensor_split(samples), strict=True)
-    ]  # fmt: skip
-    if sliced:
-        return torch.stack(stored)
+def _convolution(call: Call, convolution: Convolution, layer: Layer, samples: int, rows: slice) -> Tensor:
+    gradient, weight = call.gradient, call.parameter.detach()
+    if convolution.groups == 1 and not convolution.transposed:
+        return convolution_gradients(convolution, gradient[:, rows], weight[rows], samples)
+    stored = convolution_gradients(convolution, gradient, weight, samples)
     return torch.stack([as_rows(part, layer)[rows] for part in stored])
 
 
-def _explicit_padding(module: Any) -> tuple[int, ...] | None:
-    """The padding that the convolution itself does; None where the module pads its input first."""
-    symmetric = module._reversed_padding_repeated_twice[0::2] == module._reversed_padding_repeated_twice[1::2]
-    if module.padding_mode != "zeros" or not symmetric:
-        return None
-    return tuple(reversed(module._reversed_padding_repeated_twice[0::2]))
+def convolution_gradients(convolution: Convolution, gradient: Tensor, weight: Tensor, samples: int) -> Tensor:
+    """(samples, weight's shape): gradients of each sample's loss with respect to the weight of a convolution.
+
+        depthwise        G_c[k] = Σ_t g_c[t] x_c[stride t + dilation k], a convolution of x_c by g_c
+        anything else    the convolution's own backward, sample by sample
+
+    The inputs of all samples and channels are convolved at once, as groups. At the shapes of EfficientNet-Lite0 (5 x 5)
+    that was measured 5 times as fast as the backward on 28 x 28 places and 9 times on 14 x 14; with strides it can be
+    slower, by up to 2 (one thread, AVX2; oneDNN).
+
+    Args:
+        convolution: and what it was given.
+        gradient: at its outputs, (entries, rows, places...).
+        weight: for its shape.
+        samples: entries are as many, or a multiple, whose gradients are added up.
+    """
+    inputs, weight = convolution.inputs.to(gradient.dtype), weight.to(gradient.dtype)
+    if convolution.is_depthwise:
+        return _depthwise(convolution, inputs, gradient, weight.shape).reshape(samples, -1, *weight.shape).sum(1)
+    stored = [
+        torch.ops.aten.convolution_backward(
+            part.contiguous(), given, weight, None, convolution.stride, convolution.padding, convolution.dilation,
+            convolution.transposed, convolution.output_padding, convolution.groups, (False, True, False),
+        )[1]
+        for part, given in zip(gradient.tensor_split(samples), inputs.tensor_split(samples), strict=True)
+    ]  # fmt: skip
+    return torch.stack(stored)
+
+
+def _depthwise(convolution: Convolution, inputs: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """(entries, weight's shape)."""
+    channels = inputs.shape[0] * inputs.shape[1]
+    pictures = inputs.reshape(1, channels, *inputs.shape[2:])
+    kernels = gradient.reshape(-1, 1, *gradient.shape[2:])
+    moves = (convolution.dilation, convolution.padding, convolution.stride)  # as stride, padding, dilation
+    moved = torch.convolution(pictures, kernels, None, *moves, False, convolution.output_padding, channels)
+    for axis, size in enumerate(shape[2:], start=2):
+        moved = moved.narrow(axis, 0, size)  # with a stride, places at the end that no kernel reached
+    return moved.reshape(len(inputs), *shape)
 
 
 def _by_autograd(call: Call, layer: Layer, samples: int) -> Tensor:

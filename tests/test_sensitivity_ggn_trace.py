@@ -18,7 +18,7 @@ from mpq.cache import Pieces
 from mpq.fake_quantize import fake_quantize
 from mpq.options import SearchSpace
 from mpq.quantizer import RoundToNearest
-from mpq.sensitivity import Measurement, layer_traces
+from mpq.sensitivity import Measurement, gradient_grams, layer_traces, weight_gradients
 from mpq.sensitivity.gauss_newton import SignProbes, gauss_newton_draws, input_norms
 from mpq.sensitivity.gradient_grams import squared_norms
 from mpq.sensitivity.gradient_pass import captures
@@ -225,6 +225,128 @@ def test_grams_are_the_norms_of_gradients_that_are_formed():
         captures(measured(model, [data]), 0, "model", receive, functional=True)
     assert {"embed", "twice", "depthwise", "wide", "1", "linear1"} <= met
     assert any("in_proj" in name for name in met)
+
+
+class PaddedAfterwards(nn.Conv2d):
+    """A convolution of a class of its own, which pads at one end."""
+
+    def forward(self, x):
+        return self._conv_forward(functional.pad(x, (0, 2, 0, 1)), self.weight, self.bias)
+
+
+class CalledTwice(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.conv(x)))
+
+
+def slow_gradients(module, inputs, gradient):
+    """(samples, weight's shape): by the definition, place by place, the input padded by zeros where it is left."""
+    if isinstance(module, PaddedAfterwards):
+        inputs = functional.pad(inputs, (0, 2, 0, 1))
+    axes, weight = inputs.ndim - 2, module.weight
+    found = np.zeros((len(inputs), *weight.shape))
+    x, g = inputs.numpy(), gradient.numpy()
+    kernel_places = list(itertools.product(*map(range, weight.shape[2:])))
+    for at in itertools.product(*map(range, gradient.shape[2:])):
+        for k in kernel_places:
+            place = [at[i] * module.stride[i] - module.padding[i] + k[i] * module.dilation[i] for i in range(axes)]
+            if not all(0 <= p < size for p, size in zip(place, inputs.shape[2:], strict=True)):
+                continue
+            for row, column in itertools.product(*map(range, weight.shape[:2])):
+                channel = row // (weight.shape[0] // module.groups) * weight.shape[1] + column
+                found[(slice(None), row, column, *k)] += g[(slice(None), row, *at)] * x[(slice(None), channel, *place)]
+    return found
+
+
+CONVOLUTIONS = {
+    "plain": (nn.Conv2d(2, 3, 3), (5, 4)),
+    "one by one": (nn.Conv2d(3, 4, 1), (3, 3)),
+    "padded": (nn.Conv2d(2, 3, (3, 2), padding=(2, 1)), (4, 4)),
+    "strided": (nn.Conv2d(2, 3, 3, stride=(2, 3), padding=1), (6, 7)),
+    "dilated": (nn.Conv2d(2, 3, 2, dilation=(2, 1), padding=(0, 1)), (5, 4)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), (5, 4)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1), (5, 4)),
+    "depthwise, strided": (nn.Conv2d(3, 3, 3, groups=3, stride=2, dilation=(1, 2), padding=(1, 2)), (6, 7)),
+    "depthwise, two rows a channel": (nn.Conv2d(3, 6, (2, 3), groups=3, stride=(2, 1)), (6, 5)),
+    "1-d": (nn.Conv1d(2, 3, 3, stride=2, padding=2), (9,)),
+    "1-d depthwise": (nn.Conv1d(3, 3, 4, groups=3, dilation=2, padding=3), (9,)),
+    "of another class": (PaddedAfterwards(4, 4, 3, groups=2), (4, 4)),
+    "called twice": (CalledTwice(nn.Conv2d(2, 2, 3, padding=1)), (4, 3)),
+    "depthwise, called twice": (CalledTwice(nn.Conv2d(2, 2, 3, padding=1, groups=2)), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("side", ["gradient", "grams", "chosen"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_both_sides_of_every_convolution_equal_the_loop(kind, side, monkeypatch):
+    """A few samples at a time; the modules are never run backward on their own."""
+    monkeypatch.setattr(gradient_grams, "BLOCK", 300)
+    monkeypatch.setattr(weight_gradients, "_by_autograd", None)
+    if side != "chosen":
+        monkeypatch.setattr(gradient_grams, "gradient_is_cheaper", lambda call, capture: side == "gradient")
+    module, places = CONVOLUTIONS[kind]
+    torch.manual_seed(3)
+    channels = next(module.parameters()).shape[1] * getattr(module, "conv", module).groups
+    model = nn.Sequential(module, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double().eval()
+    x = torch.randn(5, channels, *places).double()
+    model(x)
+    seen = []
+
+    def receive(capture):
+        if capture.position == 0:
+            slow = sum(slow_gradients(call.module, call.inputs, call.gradient) for call in capture.calls)
+            expected = np.square(slow).reshape(5, -1).sum(1)
+            np.testing.assert_allclose(squared_norms(capture).numpy(), expected, rtol=1e-10, atol=0)
+            np.testing.assert_allclose(capture.sample_gradients().numpy(), slow, rtol=1e-9, atol=1e-12)
+            seen.append(len(capture.calls))
+
+    captures(measured(model, [x]), 0, "model", receive)
+    assert seen == [1 + ("twice" in kind)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "multiply_adds"),
+    [  # of the gradient, of the Grams: multiply-adds of one sample
+        (nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 4, 4), (6 * 16 * 9, 6 * 16**2 * 10)),
+        (nn.Conv2d(3, 4, 1), (3, 8, 8), (64 * 12, 64**2 * 7)),
+        (nn.Conv2d(20, 30, 3), (20, 4, 4), (4 * 30 * 180, 4**2 * 210)),
+        (nn.Conv2d(16, 32, 3, groups=2), (16, 4, 4), (2 * 4 * 16 * 72, 2 * 4**2 * 88)),
+        (nn.Linear(40, 30), (2, 40), (2 * 1200, 2**2 * 70)),
+        (nn.Linear(2, 3), (9, 2), (9 * 6, 9**2 * 5)),
+    ],
+    ids=str,
+)
+def test_the_side_with_fewer_multiply_adds_is_taken(layer, shape, multiply_adds):
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2)).eval()
+    x = torch.randn(2, *shape)
+    model(x)
+    chosen = []
+
+    def receive(capture):
+        chosen.append(gradient_grams.gradient_is_cheaper(capture.calls[0], capture))
+
+    captures(measured(model, [x]), 0, "model", receive)
+    assert chosen[-1] == (multiply_adds[0] <= multiply_adds[1])  # the last layer comes first
+
+
+def test_single_precision_is_as_good_as_its_rounding():
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 5, groups=8, padding=2), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.Flatten(), nn.Linear(12 * 144, 4)
+    )
+    x = torch.randn(4, 8, 12, 12, generator=generator())
+    found = []
+    for kind in (model, made(lambda: model)):
+        values = []
+        captures(
+            measured(kind, [x.to(next(kind.parameters()).dtype)]), 0, "model",
+            lambda capture, values=values: values.append(squared_norms(capture)),
+        )  # fmt: skip
+        found.append(torch.stack(values))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
 def test_input_norms_are_the_gradients_at_the_inputs():

@@ -27,6 +27,7 @@ from mpq.sensitivity import (
     estimate,
     estimate_together,
     layer_traces,
+    relevance,
 )
 from mpq.tasks import Distribution
 
@@ -39,6 +40,18 @@ VARIANTS = {
     "input entropy": Entropy(kind="activation"),
 }
 WITHOUT_INPUTS = {"linearity", "obs"}
+
+
+class Odd(torch.nn.Module):
+    """With an operation that has no rule, met in batches with numbers above one only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3, 2)
+        self.head.weight.data = torch.arange(6.0).reshape(2, 3)
+
+    def forward(self, x):
+        return self.head(x.sin() if x.max() > 1 else x)
 
 
 def tables(runs: list[str]) -> dict[str, np.ndarray]:
@@ -63,6 +76,14 @@ def tables(runs: list[str]) -> dict[str, np.ndarray]:
         found[f"traces {curvature}"] = frame[["trace", "standard_error"]].to_numpy()
     together = estimate_together(model, data, network, spaces[True], ["kl", "fisher", "lrp", "sqnr"], progress=False)
     table = mpq.measure(model, data, spaces[True], sensitivity="sqnr", progress=False)
+    runs.append("relevance")
+    flow = relevance(model, data, target="label")
+    odd = relevance(Odd(), [torch.ones(2, 3), torch.full((1, 3), 2.0), torch.full((2, 3), -1.0)])
+    found |= {"relevance": flow.to_numpy(), "channels": relevance(model, data, per="channel").to_numpy()}
+    unruled = odd.attrs["unruled"]
+    assert unruled
+    found["relevance as a whole"] = np.array([flow.attrs["conservation"], odd.attrs["conservation"], *unruled.values()])
+    found["unruled"] = np.frombuffer(json.dumps(unruled, sort_keys=True).encode(), np.uint8)
     runs.append("agreement")
     trusted = agreement(model, data, table, {"size": "30%"}, plans=6, bootstraps=0, progress=False)
     found |= {"plans": trusted.measured, "agreement": np.array([*trusted.plan, *trusted.uniform[1:], trusted.spearman])}

@@ -5,8 +5,8 @@
 
 MODEL is a model source with labelled images, as for `mpq search`. Prints, as Markdown: CPU seconds of PyHessian to a
 relative standard error of its whole-model trace, extrapolated from the spread of its own probes; of ours to that error
-in every layer; and for each Hessian method the CPU seconds and products, with the worst relative error reached. One
-thread; times are CPU seconds, only their ratios within a run mean anything.
+in every layer; of `fisher` in four formats, as a yardstick; and for each Hessian method the CPU seconds and products,
+with the worst relative error reached. One thread; times are CPU seconds, only their ratios within a run mean anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 import mpq
 from mpq.batches import batches_of, split_batch
 from mpq.model_source import load_source
-from mpq.sensitivity import layer_traces
+from mpq.sensitivity import estimate, layer_traces
 
 
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -72,6 +72,12 @@ def main(model: str, tolerance: float, rival_probes: int, probes: int, methods: 
     spent, frame = cpu_seconds(lambda: layer_traces(net, batch, network, curvature="ggn", **settings))
     worst = (frame["standard_error"] / frame["trace"].abs()).max()
     click.echo(f"ours, ggn: {frame['probes'].max()} draws, worst layer {worst:.1%}: **{spent:.2f} CPU s**")
+    space = mpq.SearchSpace([f"int{bits}" for bits in (3, 4, 6, 8)])
+    yardstick, _ = cpu_seconds(lambda: estimate(net, batch, network, space, "fisher", progress=False))
+    draw = spent / frame["probes"].max()
+    click.echo(
+        f"fisher: {yardstick:.2f} CPU s; ggn is {spent / yardstick:.1f} times that, {draw / yardstick:.2f} a draw"
+    )
     try:
         other = rival(net, batch, rival_probes, tolerance)
         click.echo(f"PyHessian takes {other / spent:.1f} times as long as ggn does for every layer")
