@@ -120,7 +120,7 @@ def convolution_gradients(convolution: Convolution, gradient: Tensor, weight: Te
 
     The inputs of all samples and channels are convolved at once, as groups. At the shapes of EfficientNet-Lite0 (5 x 5)
     that was measured 5 times as fast as the backward on 28 x 28 places and 9 times on 14 x 14; with strides it can be
-    slower, by up to 2 (one thread, AVX2; oneDNN).
+    slower, by up to 2.5 (one thread, AVX2; oneDNN).
 
     Args:
         convolution: and what it was given.
