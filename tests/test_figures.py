@@ -49,6 +49,7 @@ NOUNS = {
 
 @pytest.fixture(autouse=True)
 def _no_figure_is_left():
+    pyplot.close("all")  # another file's, in the same process
     yield
     pyplot.close("all")
 
