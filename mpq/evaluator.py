@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from mpq.atomic import write_atomically
 from mpq.batches import Batch, batch_size, batches_of, samples_in
 from mpq.cache import description, fingerprint_of, pieces_in
 from mpq.drops import Metric, drop_of
@@ -24,8 +22,12 @@ from mpq.frontier import Frontier
 from mpq.kept_weights import KeptWeights
 from mpq.plan import Plan
 from mpq.plan_keys import choices_of_key, key_of
+from mpq.plan_slopes import plan_slopes
 from mpq.planning import choices_of
 from mpq.quantizer import Quantizer, RoundToNearest
+from mpq.shuffled_pieces import shuffled_pieces
+from mpq.slope_steps import Slopes
+from mpq.stored_values import StoredValues
 from mpq.surgery import evaluating, quantized
 from mpq.table_entries import entries_of
 from mpq.table_problem import totals
@@ -35,8 +37,8 @@ from mpq.tasks import CustomLoss, LossFunction, Outputs, Task
 if TYPE_CHECKING:
     from mpq.tables import CostTable
 
-PIECES = 16  # data is measured piece by piece: at least so many, where batches can be cut
 KEPT_BYTES = 2**31  # of reference outputs, and as many of quantised weights
+SLOPES_COST = 3  # measurements: a backward takes two forwards' time
 _ROUNDING = 1e-9  # of an evaluation
 
 
@@ -132,13 +134,13 @@ class Evaluator:
         self.evaluations, self.seconds = evaluations, seconds
         self._drop = drop_of(metric, self.task)
         cut = not isinstance(self.task, CustomLoss)  # what a function makes of a batch may need all of it
-        self._pieces = _in_pieces(batches, cut, np.random.default_rng(seed))
+        self._pieces = shuffled_pieces(batches, cut, np.random.default_rng(seed))
         self._edges = np.cumsum([0, *map(batch_size, self._pieces)])
         self.samples = samples_in(batches)
-        self._weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
+        self.weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
         self._references: dict[int, Outputs] = {}
         self._room = kept_bytes
-        self._store = _Store(self._folder(cache, batches, quantizer))
+        self._store = StoredValues(self._folder(cache, batches, quantizer))
         self._values: dict[bytes, NDArray[np.float64]] = {}
         self.measured: dict[bytes, Measurement] = {}
         self.spent = 0.0
@@ -157,10 +159,14 @@ class Evaluator:
 
     @property
     def left(self) -> float:
-        """Evaluations of the whole data that may still be made; infinity without a limit, 0 when time is over."""
+        """Evaluations of the whole data that may still be made, at the pace so far if time is limited."""
+        left = math.inf if self.evaluations is None else max(0.0, self.evaluations - self.spent)
+        if self.seconds is None or self._started is None:
+            return left
         if self._time_is_over():
             return 0.0
-        return math.inf if self.evaluations is None else max(0.0, self.evaluations - self.spent)
+        taken = time.monotonic() - self._started
+        return min(left, (self.seconds - taken) * self.spent / taken) if self.spent else left
 
     def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> Measurement:
         """What a plan loses on the first samples.
@@ -191,6 +197,36 @@ class Evaluator:
         """Several plans, one after the other; workers on one storage share them (`mpq.shared_evaluator`)."""
         self.prepare(plans, samples)
         return [self.measure(plan, samples) for plan in plans]
+
+    def slopes(self, choices: ArrayLike, samples: int | None = None) -> Slopes | None:
+        """How a plan's divergence changes when one unit takes another option.
+
+        Counts as three measurements on so much data. The result is kept as
+        measurements are. `mpq.sensitivity.plan_slopes` has the formula.
+
+        Args:
+            choices: the plan.
+            samples: as for `measure`.
+
+        Returns:
+            None if the outputs have no gradient.
+
+        Raises:
+            Exhausted: if the budget does not allow it.
+        """
+        codes, wanted = self._codes(choices), self._piece_end(samples)
+        stop = int(self._edges[wanted])
+        self._afford(SLOPES_COST * stop)
+        key = b"slopes on %d of " % stop + key_of(codes)
+        found = self._store.read(key).reshape(-1, len(self.table.options))
+        if not len(found):
+            given = plan_slopes(self, codes, range(wanted))
+            if given is None:
+                return None
+            found = given
+            self._store.write(key, found)
+        self.spent += SLOPES_COST * stop / self.samples
+        return Slopes.around(codes, found, self.table.quantity("sensitivity"))
 
     def prepare(self, plans: Iterable[ArrayLike], samples: int | None = None) -> None:
         """These plans will be measured next, whatever comes out."""
@@ -307,14 +343,20 @@ class Evaluator:
         return self._values[key]
 
     def _measured_pieces(self, codes: NDArray[np.int64], pieces: range) -> Generator[NDArray[np.float64]]:
+        with torch.no_grad(), closing(self.outputs(codes, pieces)) as pairs:
+            for reference, outputs in pairs:
+                found = self._drop(reference, outputs)
+                self.runs += len(found)
+                yield found.detach().cpu().double().numpy()
+
+    def outputs(self, codes: NDArray[np.int64], pieces: range) -> Generator[tuple[Outputs, Outputs]]:
+        """Full precision's outputs and those of a plan, piece by piece; the plan's with gradients where asked for."""
         plan = Plan(entries=entries_of(self.table, codes), fingerprint=self.table.fingerprint)
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
             for span, references in self._spans(pieces):
-                with quantized(self.model, plan, quantizer=self._weights):
+                with quantized(self.model, plan, quantizer=self.weights):
                     for piece, reference in zip(span, references, strict=True):
-                        found = self._drop(reference, self.task.run(self.model, self._pieces[piece]))
-                        self.runs += len(found)
-                        yield found.detach().cpu().double().numpy()
+                        yield reference, self.task.run(self.model, self._pieces[piece])
 
     def _spans(self, pieces: range) -> Iterable[tuple[range, list[Outputs]]]:
         """Runs of pieces with full precision's outputs: as long as these are kept, else one piece."""
@@ -327,13 +369,13 @@ class Evaluator:
                 yield range(start, stop), [self._references[piece] for piece in range(start, stop)]
             else:
                 stop = start + 1
-                yield range(start, stop), [self.task.run(self.model, self._pieces[start])]
+                yield range(start, stop), [self._in_full_precision(start)]
             start = stop
 
     def _keeps(self, piece: int) -> bool:
         """Whether full precision's outputs on a piece are kept; they are from now on, if there is room."""
         if piece not in self._references and self._room > 0:
-            outputs = self.task.run(self.model, self._pieces[piece])
+            outputs = self._in_full_precision(piece)
             size = outputs.values.numel() * outputs.values.element_size()
             if size <= self._room:
                 self._references[piece] = outputs
@@ -342,46 +384,6 @@ class Evaluator:
                 self._room = 0  # pieces are alike: the next would not fit either
         return piece in self._references
 
-
-@dataclass(frozen=True)
-class _Store:
-    """Values a sample by plan, a file each, written whole; without a folder nothing is kept."""
-
-    folder: Path | None
-
-    def read(self, key: bytes) -> NDArray[np.float64]:
-        path = self._path(key)
-        if path is None or not path.exists():
-            return np.empty(0)
-        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
-
-    def write(self, key: bytes, values: NDArray[np.float64]) -> None:
-        if (path := self._path(key)) is not None:
-            write_atomically(path, lambda partial: np.save(partial, values, allow_pickle=False))
-
-    def _path(self, key: bytes) -> Path | None:
-        return None if self.folder is None else self.folder / f"{hashlib.sha256(key).hexdigest()[:32]}.npy"
-
-
-def _in_pieces(batches: list[Batch], cut: bool, rng: np.random.Generator) -> list[Batch]:
-    """The data in shuffled pieces of at most a sixteenth of it, or a batch, whichever is less."""
-    if not cut:
-        return [batches[position] for position in rng.permutation(len(batches))]
-    most = max(1, -(-samples_in(batches) // PIECES))
-    pieces: list[Batch] = []
-    for batch in batches:
-        samples = batch_size(batch)
-        parts = np.array_split(rng.permutation(samples), -(-samples // most))
-        pieces += [_taken(batch, torch.from_numpy(np.sort(part)), samples) for part in parts]
-    return [pieces[position] for position in rng.permutation(len(pieces))]
-
-
-def _taken(value: Any, index: Tensor, samples: int) -> Any:
-    """Some samples of a batch; tensors without the samples' axis go with all of them."""
-    if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and value.shape[0] == samples else value
-    if isinstance(value, Mapping):
-        return {name: _taken(part, index, samples) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_taken(part, index, samples) for part in value)
-    return value
+    @torch.no_grad()
+    def _in_full_precision(self, piece: int) -> Outputs:
+        return self.task.run(self.model, self._pieces[piece])

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mpq.plan_keys import key_of
 from mpq.problem import AllocationProblem
+from mpq.slope_steps import Slopes
 
 if TYPE_CHECKING:
     from mpq.evaluator import Evaluator, Measurement
@@ -123,6 +124,10 @@ class LayerLevels:
     def _layers(self) -> int:
         return int(self.layer_index.max()) + 1
 
+    def slopes(self, around: Slopes) -> Slopes:
+        """Slopes of units as (layers, levels)."""
+        return Slopes(self._summed(around.first), self._summed(around.second))
+
     def _summed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(layers, levels): sums of (units, options) over the units of each layer at each level."""
         rows = np.arange(len(self.start))
@@ -152,6 +157,11 @@ class LevelEvaluator:
         """Evaluations of the whole data so far."""
         return self.evaluator.spent
 
+    @property
+    def left(self) -> float:
+        """Evaluations of the whole data that may still be made."""
+        return self.evaluator.left
+
     def measure(self, choices: ArrayLike, samples: int | None = None) -> Measurement:
         """What a plan loses on the first samples; raises what the evaluator raises."""
         codes = np.asarray(choices, dtype=np.int64)
@@ -164,3 +174,8 @@ class LevelEvaluator:
         """Several plans; workers on one storage share them."""
         self.evaluator.prepare((self.levels.expanded(plan) for plan in plans), samples)
         return [self.measure(plan, samples) for plan in plans]
+
+    def slopes(self, choices: ArrayLike, samples: int | None = None) -> Slopes | None:
+        """How the divergence changes when one layer takes another level."""
+        found = self.evaluator.slopes(self.levels.expanded(choices), samples)
+        return None if found is None else self.levels.slopes(found)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpq.evaluator import SLOPES_COST, Exhausted
 from mpq.learned_scores import LearnedScores, Posterior
 from mpq.level_switches import LevelSwitches
-from mpq.paired_test import Test, paired_test
+from mpq.paired_test import Test, best_of_several
 from mpq.plan_keys import choices_of_key, key_of
 from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.shrunk_errors import errors_of
+from mpq.slope_steps import TRUSTS, Slopes, slope_steps
 
 if TYPE_CHECKING:
     from mpq.evaluator import Measurement
 
 Choices = NDArray[np.int64]
 
-_TRUST = 8.0  # degrees of freedom that the usual variance counts for
+FEW = 50  # units up to which switches alone find what slopes would
 MANY = 2000  # units above which the table's runners-up are not enumerated: they differ in next to nothing
 
 
@@ -39,11 +44,18 @@ class Measures(Protocol):
     def spent(self) -> float:
         """Evaluations of the whole data so far."""
 
+    @property
+    def left(self) -> float:
+        """Evaluations of the whole data that may still be made."""
+
     def measure(self, choices: Choices, samples: int | None = None) -> Measurement:
         """What a plan loses on the first samples."""
 
     def measure_all(self, plans: Sequence[Choices], samples: int | None = None) -> list[Measurement]:
         """The same for several plans."""
+
+    def slopes(self, choices: Choices, samples: int | None = None) -> Slopes | None:
+        """How the divergence changes around a plan, from a gradient; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +71,11 @@ class Settings:
         patience: generations without a better plan after which the amount of data doubles, or the search ends.
         first: share of the data used at first.
         fresh: share of the data in use that no candidate is chosen by.
-        finalists: plans that are ranked on all the data at the end.
+        finalists: plans that are tested at the end.
         level: of the test that a new best plan must pass.
         test: "t" or "sign".
+        slopes: whether a gradient at the walk's plan is asked which others are better; by default where there are more
+            than 50 units: of fewer, the switches of a few generations try most.
     """
 
     kbest: int = 16
@@ -71,10 +85,11 @@ class Settings:
     survivors: int = 4
     patience: int = 6
     first: float = 0.5
-    fresh: float = 0.25
+    fresh: float = 0.5
     finalists: int = 8
-    level: float = 0.05
+    level: float = 0.2
     test: Test = "t"
+    slopes: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("kbest", "offspring", "pool", "survivors", "patience", "finalists"):
@@ -101,22 +116,27 @@ class Step:
 class MeasuredSearch:
     """One search.
 
-    Of the data in use, the first three quarters choose (selection), the rest confirms (fresh):
+    Of the data in use, the first half chooses (selection), the rest confirms (fresh):
 
         1  The table's k best plans and optima of tables drawn within its standard errors are measured on a part of the
            selection data, the better ones on more; the best is where the walk starts.
-        2  A generation: a third of the children are optima of tables drawn from the posterior of the scores
+        2  One gradient at the walk's plan says which changes are better to first order; steps of several lengths are
+           measured (`mpq.slope_steps`). Where one is better the walk goes there, and this is done again.
+        3  A generation: a third of the children are optima of tables drawn from the posterior of the scores
            (`LearnedScores`), the others level switches of the walk's plan (`LevelSwitches`), each the most promising of
            a pool by a drawn table. They are measured on a quarter of the selection data; the survivors on all of it,
            where the parent competes as well. The walk goes to the best.
-        3  When the walk has not moved for `patience` generations, its plan is tested against the best one known so far
+        4  When the walk has not moved for `patience` generations, its plan is tested against the best one known so far
            (the incumbent) on the fresh samples, one by one. Only if that is significant it becomes the incumbent.
-        4  Then the data in use doubles: what was fresh now helps to choose, and new samples are fresh. With all of it
-           in use the search ends: the result is the best of the finalists on all the data that is no worse than the
-           incumbent on the fresh samples and, by the test, better than the start plan there.
+        5  Then the data in use doubles: what was fresh now helps to choose, and new samples are fresh. With all of it
+           in use the search ends, or earlier, when the budget is only enough for the test: the finalists, the best on
+           the selection data, are tested together against the start plan on all other samples, and the best of those
+           that pass is the result, if it is no worse than the incumbent.
 
-    The level is that of one test; up to `finalists` + 1 plans are tested on the last fresh samples. At a level of 0.5
-    whatever is better on fresh samples is taken: the gain is still positive on average, but no longer sure.
+    The level is that of all finalists together (`mpq.paired_test.best_of_several`), and of each earlier test. It is 0.2
+    because a plan costs nothing to change before it is deployed: some hundred samples show gains of a tenth at no
+    stricter level, and those that are accepted by chance lose little. 0.05 where a change must be sure; at 0.5 whatever
+    is better on fresh samples is taken.
     """
 
     evaluator: Measures
@@ -134,16 +154,28 @@ class MeasuredSearch:
         self.switches = LevelSwitches(self.problem)
         self.prior = LearnedScores.of(self.problem)
         self.walker = self.start
+        self.kept = min(self.settings.finalists, self.evaluator.left / 3)  # evaluations for the test at the end
         amounts = self._amounts()
         self._use(amounts[0])
-        self._select([self.start, *self._first_plans()])
+        self._select([self.start, *islice(self._first_plans(), self._affordable())])
         for amount in amounts:
             self._use(amount)
             self._settle()
             self._walk()
-            self._confirm(self.walker, self.incumbent)
-        next((plan for plan in self._finalists() if self._confirm(plan, self.start)), None)
-        return self.incumbent, "no progress on all the data"
+            if not self._affordable():
+                break
+            if amount < amounts[-1]:
+                self._confirm([self.walker], self.incumbent)
+        why = "no progress on all the data" if self._affordable() else "what was left was for the test at the end"
+        self.amount = self.evaluator.samples
+        self._confirm(self._finalists(), self.start)
+        return self.incumbent, why
+
+    def _affordable(self, more: float = 0.0) -> int:
+        """How many plans `_select` may be given, and `more` measurements made, with enough left for the test."""
+        share = self.chosen_by / self.evaluator.samples
+        left = self.evaluator.left - self.kept * (1 - share) - share * (self.settings.survivors + more)
+        return int(min(max(0.0, 4 * left / share), sys.maxsize))
 
     def _amounts(self) -> list[int]:
         total, amounts = self.evaluator.samples, []
@@ -160,14 +192,30 @@ class MeasuredSearch:
     # -- the walk ----------------------------------------------------------------------------------------------------
 
     def _walk(self) -> None:
+        while self._descended():
+            pass
         stale = 0
-        while stale < self.settings.patience:
+        while stale < self.settings.patience and self._affordable() >= self.settings.offspring:
             before = self.walker
             children = self._children()
             if not children:
                 return
             self._select(children)
             stale = stale + 1 if np.array_equal(before, self.walker) else 0
+
+    def _descended(self) -> bool:
+        """Whether a step along the slopes at the walk's plan is better."""
+        before, wanted = self.walker, self.settings.slopes
+        if not (len(before) > FEW if wanted is None else wanted) or self._affordable(SLOPES_COST) < len(TRUSTS):
+            return False
+        slopes = self.evaluator.slopes(before, self.chosen_by)
+        if slopes is None:
+            return False
+        predicted = float(self.problem.objective[np.arange(len(before)), before].sum())
+        divergence = self.evaluator.measure(before, self.chosen_by).divergence
+        steps = slope_steps(self.problem, slopes, before, predicted, divergence)
+        self._select([step for step in steps if step.tobytes() not in self.tried])
+        return not np.array_equal(before, self.walker)
 
     def _settle(self) -> None:
         """The best of the plans known from less data, on what is in use now, is where the walk goes on."""
@@ -275,55 +323,43 @@ class MeasuredSearch:
     # -- what is believed --------------------------------------------------------------------------------------------
 
     def _finalists(self) -> list[Choices]:
-        """The best measured plans, the best on all the data first."""
-        plans = self._leaders(self.settings.finalists)
-        return self._ranked(plans, None)
+        """The walk's plan, and others that are best on the selection data."""
+        known = [self.walker, *self._leaders(2 * self.settings.finalists)]
+        ranked = self._ranked(list({plan.tobytes(): plan for plan in known}.values()), self.chosen_by)
+        return ranked[: self.settings.finalists]
 
-    def _confirm(self, plan: Choices, rival: Choices) -> bool:
-        """Whether a plan is better than a rival on the fresh samples, significantly; then it is the new incumbent.
+    def _confirm(self, plans: Sequence[Choices], rival: Choices) -> None:
+        """The best of some plans is the new incumbent if fresh samples say, significantly, that it beats a rival.
 
-        It must not be worse than the incumbent either, on all the data in use and on its fresh part.
+        It must not be worse than the incumbent either, on all the data in use and on its fresh part. Where the budget
+        ends before all are measured, those that are count.
         """
-        cut = self.fresh_from
-        new, old, now = (self.evaluator.measure(choices, self.amount) for choices in (plan, rival, self.incumbent))
-        fresh = new.per_sample[cut:]
-        if np.array_equal(plan, self.incumbent) or not len(fresh):
-            return np.array_equal(plan, self.incumbent)
-        if new.divergence >= now.divergence or fresh.mean() > now.per_sample[cut:].mean():
-            return False
-        found = paired_test(fresh, old.per_sample[cut:], test=self.settings.test)
-        if found.p_value < self.settings.level:
-            self.incumbent = plan
-            self.history.append(Step(self.evaluator.spent, new.divergence, new.samples, found.p_value))
-            return True
-        return False
+        plans = [plan for plan in plans if not np.array_equal(plan, rival)]
+        measured, ended = [], None
+        try:
+            measured = [self.evaluator.measure(rival, self.amount)]
+            for plan in plans:
+                measured.append(self.evaluator.measure(plan, self.amount))
+        except Exhausted as end:
+            ended = end
+        if len(measured) > 1:
+            self._tested(plans[: len(measured) - 1], measured)
+        if ended is not None:
+            raise ended
 
-
-def errors_of(differences: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Standard errors of the means of vectors of differences, some of two or three samples.
-
-    A variance from so few is itself mostly noise, and often far too small. It is drawn to what is usual for its mean:
-
-        s² = ((n - 1) var + ν w) / (n - 1 + ν),   w = A + B mean²,   error = s / √n
-
-    with A the median variance of the half with the smaller means, B the median of var / mean² of the other half, and
-    ν = 8 (the form of Smyth 2004, from memory; ν and w are ours). Vectors of zeros, of a plan and itself, have none.
-
-    Example:
-        >>> errors_of([np.array([1.0, 1.1]), np.array([1.0, 5.0]), np.array([1.0, 3.0]), np.zeros(3)]).round(1).tolist()
-        [0.9, 1.9, 1.3, 0.0]
-    """
-    means, counts = np.array([[found.mean(), len(found)] for found in differences]).T
-    own = np.array([found.var(ddof=1) if len(found) > 1 else 0.0 for found in differences])
-    known = np.flatnonzero((counts > 1) & (own > 0))
-    known = known[np.argsort(np.abs(means[known]), kind="stable")]
-    small, large = known[: -(-len(known) // 2)], known[len(known) // 2 :]
-    usual = np.zeros_like(own)
-    if len(known):
-        usual += np.median(own[small]) + np.median(own[large] / np.maximum(means[large] ** 2, 1e-300)) * means**2
-    shrunk = ((counts - 1) * own + _TRUST * usual) / (counts - 1 + _TRUST)
-    is_itself = np.array([not found.any() for found in differences])
-    return np.where(is_itself, 0.0, np.sqrt(shrunk / counts))
+    def _tested(self, plans: Sequence[Choices], measured: Sequence[Measurement]) -> None:
+        old, *new = measured
+        cut, now = self.fresh_from, self.evaluator.measure(self.incumbent, self.amount)
+        fresh = np.array([found.per_sample[cut:] for found in new])
+        if not fresh.size:
+            return
+        p_values = best_of_several(fresh, old.per_sample[cut:], test=self.settings.test)
+        for place in np.argsort([found.divergence for found in new], kind="stable"):
+            found, is_worse = new[place], fresh[place].mean() > now.per_sample[cut:].mean()
+            if p_values[place] < self.settings.level and found.divergence < now.divergence and not is_worse:
+                self.incumbent = plans[place]
+                self.history.append(Step(self.evaluator.spent, found.divergence, found.samples, float(p_values[place])))
+                return
 
 
 @dataclass(frozen=True)

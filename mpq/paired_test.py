@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 Test = Literal["t", "sign"]
 
+_DRAWS = 20_000  # of the lowest of several t values
 _TERMS = 500  # of the continued fraction, which needs some ten
 _SMALLEST = 1e-300
 
@@ -74,6 +75,48 @@ def paired_test(first: ArrayLike, second: ArrayLike | float = 0.0, *, test: Test
     else:
         raise ValueError(f"test must be t or sign, got {test!r}")
     return PairedTest(float(differences.mean()), error, p_value, count)
+
+
+def best_of_several(plans: ArrayLike, rival: ArrayLike, *, test: Test = "t") -> NDArray[np.float64]:
+    """Test which of several plans are lower than one rival on the same samples: (plans,) adjusted p values.
+
+    The more plans are tried, the more look better by chance; plans that are alike look so together. So each has
+
+        p_i = P(min_k T_k ≤ t_i),   T = Z / √(χ²_(n-1) / (n - 1)),   Z ~ N(0, R)
+
+    with t_i as in `paired_test` and R the correlations of the differences (Dunnett 1955, with R from the data). The
+    probability that any of them is found better where none is, is the level. Where all are one plan p is that of
+    `paired_test`; where they have nothing in common nearly that times their number. Drawn 20,000 times, always alike.
+    The sign test's p values are multiplied by the number of plans (Bonferroni).
+
+    Args:
+        plans: (plans, samples) values, lower is better.
+        rival: (samples,) of the other.
+        test: "t" or "sign".
+
+    Example:
+        >>> rival = np.arange(8.0)
+        >>> better, same = rival - [1, 2, 1, 2, 1, 2, 1, 2], rival + [1, -1, 1, -1, 1, -1, 1, -1]
+        >>> (best_of_several([better, same], rival) < 0.05).tolist()
+        [True, False]
+    """
+    differences = np.asarray(plans, dtype=np.float64) - np.asarray(rival, dtype=np.float64)
+    single: NDArray[np.float64] = np.array([paired_test(each, test=test).p_value for each in differences])
+    several, count = differences.shape
+    if test == "sign" or several == 1 or count < 2:
+        return np.asarray(np.minimum(1.0, several * single))
+    errors = differences.std(axis=1, ddof=1) / math.sqrt(count)
+    varies = errors > 0
+    if not varies.any():
+        return single
+    rng = np.random.default_rng(0)
+    standard = (differences[varies] - differences[varies].mean(1, keepdims=True)) / errors[varies, None]
+    common = rng.standard_normal((_DRAWS, count)) @ standard.T / math.sqrt(count * (count - 1))
+    lowest = (common / np.sqrt(rng.chisquare(count - 1, (_DRAWS, 1)) / (count - 1))).min(1)
+    found = single.copy()
+    found[varies] = [(lowest <= t).mean() for t in differences[varies].mean(1) / errors[varies]]
+    found[:] = np.maximum(found, single)
+    return found
 
 
 def student_tail(t: float, freedom: int) -> float:

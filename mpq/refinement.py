@@ -97,7 +97,9 @@ class Refinement:
 
     def __str__(self) -> str:
         what = self.evaluator.provenance["measured"]
-        found = "a better plan was confirmed" if self.is_improved else "no better plan was confirmed"
+        found = "no better plan was confirmed"
+        if self.is_improved and self.history:
+            found = f"a better plan was confirmed on fresh samples (p = {self.history[-1].p_value:.2g})"
         lines = [
             f"{found}: {self.evaluations:.1f} evaluations, {len(self.evaluator.measured)} plans; {self.stopped}",
             f"  {what}, selection data: {self.selection}",
@@ -136,11 +138,11 @@ def refine(
     """Improve a plan by measuring others on the real model; every one keeps the budgets exactly.
 
     Sums of scores mislead where errors interact, below some 3 bits above all. So plans are measured: the best of the
-    table, level switches around the best measured one (EvoPress, Sieberling et al. 2024), and the optima of tables
-    drawn from what is known after those measurements (`mpq.learned_scores`). A candidate is chosen on one half of the
-    data and becomes the result only when a paired one-sided t test on the other half says that it is better; where
-    nothing more is found the amount of data doubles, so that the fresh half joins the data that chooses. The method in
-    full: `mpq.measured_search`.
+    table, steps along a gradient at the best measured plan (`mpq.slope_steps`), level switches around it (EvoPress,
+    Sieberling et al. 2024), and the optima of tables drawn from what is known after those measurements
+    (`mpq.learned_scores`). A candidate is chosen on one half of the data and becomes the result only when a paired
+    one-sided t test on the other half says that it is better; where nothing more is found the amount of data doubles,
+    so that the fresh half joins the data that chooses. The method in full: `mpq.measured_search`.
 
     Args:
         model: in full precision; comes back bit for bit.

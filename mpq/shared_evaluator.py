@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import sys
 import time
@@ -101,7 +102,7 @@ class SharedEvaluator(Evaluator):
     def _affordable(self, plans: list[NDArray[np.int64]], stop: int) -> list[NDArray[np.int64]]:
         """The first plans that the evaluations left are enough for, none of them twice."""
         chosen: dict[bytes, NDArray[np.int64]] = {}
-        left = self.left
+        left = math.inf if self.evaluations is None else self.evaluations - self.spent
         for codes in plans:
             key = key_of(codes)
             before = self.measured[key].samples if key in self.measured else 0

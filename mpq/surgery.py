@@ -119,8 +119,26 @@ def quantise_activation(activation: Tensor, fmt: NumberFormat, layer: Layer, lim
     """A layer's input in a format. Channels are the last axis of a linear's input, the second of a convolution's.
 
     A scale a token is one a vector of a linear's input, one a sample of a convolution's; groups and blocks run along
-    the channels. The range is dynamic unless limits are given, one of each or one a channel.
+    the channels. The range is dynamic unless limits are given, one of each or one a channel. Gradients pass straight
+    through (Bengio et al. 2013).
     """
+    levels = _levels(activation.detach(), fmt, layer, limits)
+    return _StraightThrough.apply(activation, levels) if activation.requires_grad else levels  # type: ignore[no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounded values, with the gradient of those before rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, levels: Tensor) -> Tensor:
+        return levels
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _levels(activation: Tensor, fmt: NumberFormat, layer: Layer, limits: Limits | None) -> Tensor:
     convolution = layer.kind.startswith("conv")
     granularity = fmt.granularity.kind if fmt.granularity is not None else "block"
     if granularity == "tensor":

@@ -32,7 +32,7 @@ VERBS = (
 # Which modules of mpq/ may import torch at the top, as those of sensitivity/ may.
 TORCH_MODULES = {
     *("activation_ranges", "adaquant", "adjustment", "batch_norm_tuning", "bias_correction", "gptq"),
-    *("attention_formats", "evaluator", "layer_norm_scales"),
+    *("attention_formats", "evaluator", "layer_norm_scales", "plan_slopes", "shuffled_pieces"),
     *("estimator_conformance",),
     *("activations", "batches", "binary_coding", "cache", "calls", "dataflow", "demo", "demo_training"),
     *("fake_quantize", "gguf_blocks", "grids", "parameters", "quantizer", "rounding", "stored_weights", "surgery"),

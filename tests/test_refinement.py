@@ -14,10 +14,11 @@ from mpq import learned_scores
 from mpq.accuracy_constraint import _with_one_lost, smallest
 from mpq.evaluator import Evaluator, Exhausted, Measurement
 from mpq.learned_scores import LearnedScores
-from mpq.measured_search import MeasuredSearch, Settings, errors_of
+from mpq.measured_search import MeasuredSearch, Settings
 from mpq.paired_test import paired_test, student_quantile, student_tail
 from mpq.plan_keys import choices_of_key, key_of
 from mpq.refinement import refine
+from mpq.shrunk_errors import errors_of
 from mpq.tasks import Distribution
 
 BITS = np.array([2.0, 3, 4, 6, 8])
@@ -51,6 +52,9 @@ class Fake:
 
     def measure_all(self, plans, samples=None):
         return [self.measure(plan, samples) for plan in plans]
+
+    def slopes(self, choices, samples=None):
+        return None
 
     def _values(self, choices):
         seed = np.frombuffer(choices.tobytes(), dtype=np.uint8).tolist()
@@ -318,7 +322,7 @@ def test_refined_plan_keeps_its_budget_and_is_never_worse(table):
     assert found.plan.value_bytes <= found.plan.budgets[0].limit * (1 + 1e-9)
     assert found.start.options == table.solve(BUDGET).options
     assert found.selection.test.samples == 64
-    assert found.fresh.test.samples == 16
+    assert found.fresh.test.samples == 32
     assert found.heldout.test.samples == 15
     assert found.evaluations <= 25
     assert found.plan.provenance["refined"]["evaluations"] == found.evaluations
