@@ -334,21 +334,25 @@ class MeasuredSearch:
         It must not be worse than the incumbent either, on all the data in use and on its fresh part. Where the budget
         ends before all are measured, those that are count.
         """
-        plans = [plan for plan in plans if not np.array_equal(plan, rival)]
-        measured, ended = [], None
+        plans = list({plan.tobytes(): plan for plan in (rival, self.incumbent, *plans)}.values())
+        ended = None
         try:
-            measured = [self.evaluator.measure(rival, self.amount)]
-            for plan in plans:
-                measured.append(self.evaluator.measure(plan, self.amount))
+            self.evaluator.measure_all(plans, self.amount)
         except Exhausted as end:
             ended = end
-        if len(measured) > 1:
-            self._tested(plans[: len(measured) - 1], measured)
+        known = [plan for plan in plans if self._samples_of(plan) >= self.amount]
+        if len(known) > 1 and known[0] is plans[0]:
+            self._tested(known)
         if ended is not None:
             raise ended
 
-    def _tested(self, plans: Sequence[Choices], measured: Sequence[Measurement]) -> None:
-        old, *new = measured
+    def _samples_of(self, plan: Choices) -> int:
+        found = self.evaluator.measured.get(key_of(plan))
+        return 0 if found is None else found.samples
+
+    def _tested(self, plans: Sequence[Choices]) -> None:
+        """The first plan is the rival."""
+        old, *new = (self.evaluator.measure(plan, self.amount) for plan in plans)
         cut, now = self.fresh_from, self.evaluator.measure(self.incumbent, self.amount)
         fresh = np.array([found.per_sample[cut:] for found in new])
         if not fresh.size:
@@ -357,7 +361,7 @@ class MeasuredSearch:
         for place in np.argsort([found.divergence for found in new], kind="stable"):
             found, is_worse = new[place], fresh[place].mean() > now.per_sample[cut:].mean()
             if p_values[place] < self.settings.level and found.divergence < now.divergence and not is_worse:
-                self.incumbent = plans[place]
+                self.incumbent = plans[place + 1]
                 self.history.append(Step(self.evaluator.spent, found.divergence, found.samples, float(p_values[place])))
                 return
 

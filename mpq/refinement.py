@@ -99,7 +99,7 @@ class Refinement:
         what = self.evaluator.provenance["measured"]
         found = "no better plan was confirmed"
         if self.is_improved and self.history:
-            found = f"a better plan was confirmed on fresh samples (p = {self.history[-1].p_value:.2g})"
+            found = f"a plan was found that is better on fresh samples too (p = {self.history[-1].p_value:.2g})"
         lines = [
             f"{found}: {self.evaluations:.1f} evaluations, {len(self.evaluator.measured)} plans; {self.stopped}",
             f"  {what}, selection data: {self.selection}",
