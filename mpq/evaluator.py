@@ -201,8 +201,9 @@ class Evaluator:
     def slopes(self, choices: ArrayLike, samples: int | None = None) -> Slopes | None:
         """How a plan's divergence changes when one unit takes another option.
 
-        Counts as three measurements on so much data. The result is kept as
-        measurements are. `mpq.sensitivity.plan_slopes` has the formula.
+        Counts as three measurements on so much data, and is kept as they are; `mpq.plan_slopes` has the formula. It is
+        the task's divergence that has slopes, whatever the metric. Workers on one storage take the gradient each for
+        itself, so it is rounded to three digits: they take the same steps if theirs agree so far.
 
         Args:
             choices: the plan.
@@ -217,16 +218,17 @@ class Evaluator:
         codes, wanted = self._codes(choices), self._piece_end(samples)
         stop = int(self._edges[wanted])
         self._afford(SLOPES_COST * stop)
-        key = b"slopes on %d of " % stop + key_of(codes)
-        found = self._store.read(key).reshape(-1, len(self.table.options))
-        if not len(found):
-            given = plan_slopes(self, codes, range(wanted))
-            if given is None:
+        key = b"slopes on %d of " % stop + np.packbits(self.table.allowed).tobytes() + key_of(codes)
+        kept = self._store.read(key)
+        if not len(kept):
+            found = plan_slopes(self, codes, range(wanted))
+            if found is None:
                 return None
-            found = given
-            self._store.write(key, found)
+            kept = np.concatenate([_three_digits(found[0]).ravel(), [found[1]]])
+            self._store.write(key, kept)
         self.spent += SLOPES_COST * stop / self.samples
-        return Slopes.around(codes, found, self.table.quantity("sensitivity"))
+        first = kept[:-1].reshape(len(codes), -1)
+        return Slopes.around(codes, first, self.table.quantity("sensitivity"), float(kept[-1]))
 
     def prepare(self, plans: Iterable[ArrayLike], samples: int | None = None) -> None:
         """These plans will be measured next, whatever comes out."""
@@ -387,3 +389,8 @@ class Evaluator:
     @torch.no_grad()
     def _in_full_precision(self, piece: int) -> Outputs:
         return self.task.run(self.model, self._pieces[piece])
+
+
+def _three_digits(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    fraction, power = np.frexp(values)
+    return np.asarray(np.ldexp(np.round(fraction * 2**10) / 2**10, power), dtype=np.float64)

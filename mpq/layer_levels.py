@@ -126,7 +126,7 @@ class LayerLevels:
 
     def slopes(self, around: Slopes) -> Slopes:
         """Slopes of units as (layers, levels)."""
-        return Slopes(self._summed(around.first), self._summed(around.second))
+        return Slopes(self._summed(around.first), self._summed(around.second), around.divergence)
 
     def _summed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(layers, levels): sums of (units, options) over the units of each layer at each level."""

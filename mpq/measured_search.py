@@ -149,27 +149,35 @@ class MeasuredSearch:
     fresh_from: int = 0
 
     def run(self, start: Choices) -> tuple[Choices, str]:
-        """The best plan that was confirmed, and why the search ended. Raises what the evaluator raises."""
-        self.start = self.incumbent = np.asarray(start, dtype=np.int64)
+        """The best plan that was confirmed, and why the search ended."""
+        self.start = self.incumbent = self.walker = np.asarray(start, dtype=np.int64)
         self.switches = LevelSwitches(self.problem)
         self.prior = LearnedScores.of(self.problem)
-        self.walker = self.start
-        self.kept = min(self.settings.finalists, self.evaluator.left / 3)  # evaluations for the test at the end
+        try:
+            why = self._searched()
+        except Exhausted as end:
+            why = str(end)
+        self.amount = self.evaluator.samples
+        with contextlib.suppress(Exhausted):
+            self._confirm(self._finalists(), self.start)
+        self._revoke()
+        return self.incumbent, why
+
+    def _searched(self) -> str:
+        """Walks on more and more data; why they ended."""
         amounts = self._amounts()
         self._use(amounts[0])
+        self.kept = min(self.settings.finalists + 2, self.evaluator.left / 3)  # evaluations for the test at the end
         self._select([self.start, *islice(self._first_plans(), self._affordable())])
         for amount in amounts:
             self._use(amount)
             self._settle()
             self._walk()
             if not self._affordable():
-                break
+                return "what was left was for the test at the end"
             if amount < amounts[-1]:
                 self._confirm([self.walker], self.incumbent)
-        why = "no progress on all the data" if self._affordable() else "what was left was for the test at the end"
-        self.amount = self.evaluator.samples
-        self._confirm(self._finalists(), self.start)
-        return self.incumbent, why
+        return "no progress on all the data"
 
     def _affordable(self, more: float = 0.0) -> int:
         """How many plans `_select` may be given, and `more` measurements made, with enough left for the test."""
@@ -206,14 +214,15 @@ class MeasuredSearch:
     def _descended(self) -> bool:
         """Whether a step along the slopes at the walk's plan is better."""
         before, wanted = self.walker, self.settings.slopes
-        if not (len(before) > FEW if wanted is None else wanted) or self._affordable(SLOPES_COST) < len(TRUSTS):
+        predicted = float(self.problem.objective[np.arange(len(before)), before].sum())
+        if self.problem.norm != 1 or predicted <= 0 or not (len(before) > FEW if wanted is None else wanted):
+            return False
+        if self._affordable(SLOPES_COST) < len(TRUSTS):
             return False
         slopes = self.evaluator.slopes(before, self.chosen_by)
         if slopes is None:
             return False
-        predicted = float(self.problem.objective[np.arange(len(before)), before].sum())
-        divergence = self.evaluator.measure(before, self.chosen_by).divergence
-        steps = slope_steps(self.problem, slopes, before, predicted, divergence)
+        steps = slope_steps(self.problem, slopes, before, predicted)
         self._select([step for step in steps if step.tobytes() not in self.tried])
         return not np.array_equal(before, self.walker)
 
@@ -317,16 +326,16 @@ class MeasuredSearch:
     def _difference(self, key: bytes) -> NDArray[np.float64]:
         """Of a plan and the start plan on the samples both have: samples differ in how hard they are."""
         mine, start = self.evaluator.measured[key], self.evaluator.measured[key_of(self.start)]
-        count = min(mine.samples, start.samples)
+        count = min(mine.samples, start.samples, self.fresh_from)
         return mine.per_sample[:count] - start.per_sample[:count]
 
     # -- what is believed --------------------------------------------------------------------------------------------
 
     def _finalists(self) -> list[Choices]:
-        """The walk's plan, and others that are best on the selection data."""
-        known = [self.walker, *self._leaders(2 * self.settings.finalists)]
-        ranked = self._ranked(list({plan.tobytes(): plan for plan in known}.values()), self.chosen_by)
-        return ranked[: self.settings.finalists]
+        """The walk's plan, and others that are best on the selection data; nothing is measured."""
+        known = [key for key in self.evaluator.measured if self._samples_of(key) >= self.fresh_from]
+        known = sorted((key for key in known if self._is_ours(key)), key=self._relative)
+        return [self.walker, *map(choices_of_key, known[: self.settings.finalists])]
 
     def _confirm(self, plans: Sequence[Choices], rival: Choices) -> None:
         """The best of some plans is the new incumbent if fresh samples say, significantly, that it beats a rival.
@@ -340,15 +349,23 @@ class MeasuredSearch:
             self.evaluator.measure_all(plans, self.amount)
         except Exhausted as end:
             ended = end
-        known = [plan for plan in plans if self._samples_of(plan) >= self.amount]
+        known = [plan for plan in plans if self._samples_of(key_of(plan)) >= self.amount]
         if len(known) > 1 and known[0] is plans[0]:
             self._tested(known)
         if ended is not None:
             raise ended
 
-    def _samples_of(self, plan: Choices) -> int:
-        found = self.evaluator.measured.get(key_of(plan))
+    def _samples_of(self, key: bytes) -> int:
+        found = self.evaluator.measured.get(key)
         return 0 if found is None else found.samples
+
+    def _revoke(self) -> None:
+        """An incumbent that an earlier test believed in, and that the last fresh samples find worse, is none."""
+        keys = key_of(self.incumbent), key_of(self.start)
+        if min(map(self._samples_of, keys)) >= self.amount:
+            new, old = (self.evaluator.measured[key].per_sample[self.fresh_from :].mean() for key in keys)
+            if new > old:
+                self.incumbent = self.start
 
     def _tested(self, plans: Sequence[Choices]) -> None:
         """The first plan is the rival."""

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Test = Literal["t", "sign"]
 
+_FEW = 8  # samples
 _DRAWS = 20_000  # of the lowest of several t values
 _TERMS = 500  # of the continued fraction, which needs some ten
 _SMALLEST = 1e-300
@@ -87,7 +88,8 @@ def best_of_several(plans: ArrayLike, rival: ArrayLike, *, test: Test = "t") -> 
     with t_i as in `paired_test` and R the correlations of the differences (Dunnett 1955, with R from the data). The
     probability that any of them is found better where none is, is the level. Where all are one plan p is that of
     `paired_test`; where they have nothing in common nearly that times their number. Drawn 20,000 times, always alike.
-    The sign test's p values are multiplied by the number of plans (Bonferroni).
+    With the sign test, and below 8 samples, where R is too rough, p values are multiplied by the number of plans
+    (Bonferroni).
 
     Args:
         plans: (plans, samples) values, lower is better.
@@ -103,7 +105,7 @@ def best_of_several(plans: ArrayLike, rival: ArrayLike, *, test: Test = "t") -> 
     differences = np.asarray(plans, dtype=np.float64) - np.asarray(rival, dtype=np.float64)
     single: NDArray[np.float64] = np.array([paired_test(each, test=test).p_value for each in differences])
     several, count = differences.shape
-    if test == "sign" or several == 1 or count < 2:
+    if test == "sign" or several == 1 or count < _FEW:
         return np.asarray(np.minimum(1.0, several * single))
     errors = differences.std(axis=1, ddof=1) / math.sqrt(count)
     varies = errors > 0

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from mpq.evaluator import Evaluator
 
 
-def plan_slopes(evaluator: Evaluator, choices: NDArray[np.int64], pieces: range) -> NDArray[np.float64] | None:
-    """(units, options): the slope of the mean divergence towards every option of every unit, at a plan.
+def plan_slopes(
+    evaluator: Evaluator, choices: NDArray[np.int64], pieces: range
+) -> tuple[NDArray[np.float64], float] | None:
+    """(units, options): the slope of the mean divergence towards every option of every unit at a plan, and that mean.
 
         slope(u, o) = 1/N Σ_j  ∂D_j/∂W_u · (Q_o(W_u) - Q_c(W_u)),        c the plan's option of the unit
 
@@ -36,7 +38,7 @@ def plan_slopes(evaluator: Evaluator, choices: NDArray[np.int64], pieces: range)
     is as large as the divergence itself it says little.
 
     Gradients pass straight through the rounding of inputs (Bengio et al. 2013); what an option does to a layer's input,
-    or an operator of attention, is not in its slope.
+    or an operator of attention, is not in its slope. On float16 models the divergence is scaled up before the backward.
 
     Args:
         evaluator: has the model, the table, the quantiser and the data.
@@ -44,48 +46,72 @@ def plan_slopes(evaluator: Evaluator, choices: NDArray[np.int64], pieces: range)
         pieces: of the evaluator's data.
 
     Returns:
-        None if the divergence has no gradient, or one that is not finite; with a warning if autograd fails.
+        None if the divergence has no gradient, or one that is not finite; with a warning if autograd fails, or memory.
 
     Cost: a forward and a backward over the data, and memory for two gradients of all weights of the table.
     """
-    layers = [layer for layer in evaluator.table.layers if not is_operator(layer)]
-    parameters = [layer_parameters(evaluator.model, layer) for layer in layers]
-    with _only_asking(evaluator.model, [one for each in parameters for one in each]):
-        gradients = _gradients(evaluator, choices, pieces, parameters)
-    if gradients is None:
+    try:
+        return _slopes(evaluator, choices, pieces)
+    except RuntimeError as error:
+        warnings.warn(f"the search goes on without gradients: {error}", stacklevel=2)
         return None
+
+
+def _slopes(
+    evaluator: Evaluator, choices: NDArray[np.int64], pieces: range
+) -> tuple[NDArray[np.float64], float] | None:
+    layers = [layer for layer in evaluator.table.layers if not is_operator(layer)]
+    # aliases are one parameter, or several that share their data
+    parameters = [list(dict.fromkeys(layer_parameters(evaluator.model, layer))) for layer in layers]
+    with _only_asking(evaluator.model, [one for each in parameters for one in each]):
+        found = _gradients(evaluator, choices, pieces, parameters)
+    if found is None:
+        return None
+    gradients, divergence = found
     slopes = np.zeros((len(choices), len(evaluator.table.options)))
     index = np.asarray(evaluator.table.layer_index)
     for position, layer in enumerate(evaluator.table.layers):
         if not is_operator(layer):
             mine = np.flatnonzero(index == position)
             gradient = as_rows(gradients.pop(0), layer)
-            found = _towards(evaluator, layer, gradient, evaluator.table.allowed[mine])
-            slopes[mine] = found - found[np.arange(len(mine)), choices[mine]][:, None]
-    return slopes if np.isfinite(slopes).all() else None
+            each = _towards(evaluator, layer, gradient, evaluator.table.allowed[mine])
+            slopes[mine] = each - each[np.arange(len(mine)), choices[mine]][:, None]
+    return (slopes, divergence) if np.isfinite(slopes).all() else None
 
 
 def _gradients(
     evaluator: Evaluator, choices: NDArray[np.int64], pieces: range, parameters: list[list[nn.Parameter]]
-) -> list[Tensor] | None:
-    """Gradients of the mean divergence with respect to every layer's weight; None where there are none."""
+) -> tuple[list[Tensor], float] | None:
+    """Gradients of the mean divergence with respect to every layer's weight, and that mean; None without gradients."""
     totals = [torch.zeros_like(each[0], dtype=torch.promote_types(each[0].dtype, torch.float32)) for each in parameters]
     flat = [(total, one) for total, each in zip(totals, parameters, strict=True) for one in each]
-    samples = 0
+    samples, added = 0, 0.0
     with torch.enable_grad(), closing(evaluator.outputs(choices, pieces)) as pairs:
         for reference, outputs in pairs:
             divergence = evaluator.task.divergence(reference, outputs)
             if not divergence.requires_grad:
                 return None
             samples += len(divergence)
-            try:
-                found = torch.autograd.grad(divergence.sum(), [one for _, one in flat], allow_unused=True)
-            except RuntimeError as error:
-                warnings.warn(f"the search goes on without gradients: {error}", stacklevel=2)
-                return None
-            for (total, _), gradient in zip(flat, found, strict=True):
-                total.add_(0 if gradient is None else gradient)
-    return [total.div_(samples) for total in totals]
+            added += float(divergence.detach().sum())
+            for (total, _), gradient in zip(flat, _scaled(divergence.sum(), [one for _, one in flat]), strict=True):
+                total.add_(gradient)
+    return [total.div_(samples) for total in totals], added / samples
+
+
+def _scaled(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients of a loss, in single precision at least; with float16, of as large a multiple as stays finite."""
+    half = any(parameter.dtype == torch.float16 for parameter in parameters)
+    scales = import_module("mpq.sensitivity.gradient_pass").LOSS_SCALES if half else (1.0,)
+    for scale in scales:
+        found = torch.autograd.grad(loss * scale, parameters, allow_unused=True, retain_graph=half)
+        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in found):
+            break
+    pairs = zip(found, parameters, strict=True)
+    return [
+        (torch.zeros_like(one) if gradient is None else gradient).to(torch.promote_types(one.dtype, torch.float32))
+        / scale
+        for gradient, one in pairs
+    ]
 
 
 def _towards(evaluator: Evaluator, layer: Layer, gradient: Tensor, allowed: NDArray[np.bool_]) -> NDArray[np.float64]:

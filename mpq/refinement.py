@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq.evaluator import Evaluator, Exhausted, Measurement
+from mpq.evaluator import Evaluator, Measurement
 from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
 from mpq.measured_search import MeasuredSearch, Settings, Step
@@ -207,10 +207,7 @@ def refine(
         search = MeasuredSearch(LevelEvaluator(evaluator, levels), levels.problem, asked, rng)
     else:
         search = MeasuredSearch(evaluator, problem, asked, rng)
-    try:
-        best, stopped = search.run(start if levels is None else levels.middle)
-    except Exhausted as end:
-        best, stopped = search.incumbent, str(end)
+    best, stopped = search.run(start if levels is None else levels.middle)
     best = best if levels is None else levels.expanded(best)
     return _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, quantizer, stopped))
 

@@ -23,23 +23,23 @@ class Slopes:
         first: (units, options) change of the divergence to first order, 0 for the plan's own option.
         second: (units, options) scores of the old and the new option added up where they differ, else 0: twice the size
             that a table gives the second order if both errors have nothing to do with each other.
+        divergence: of the plan, on the data of the gradient.
     """
 
     first: FloatArray
     second: FloatArray
+    divergence: float
 
     @classmethod
-    def around(cls, choices: IntArray, first: FloatArray, scores: FloatArray) -> Slopes:
+    def around(cls, choices: IntArray, first: FloatArray, scores: FloatArray, divergence: float) -> Slopes:
         """Slopes and the (units, options) scores of a table, around a plan."""
         rows = np.arange(len(choices))
         second = np.nan_to_num(scores, posinf=0.0) + scores[rows, choices][:, None]
         second[rows, choices] = 0.0
-        return cls(first, second)
+        return cls(first, second, divergence)
 
 
-def slope_steps(
-    problem: AllocationProblem, slopes: Slopes, choices: IntArray, predicted: float, divergence: float
-) -> Iterator[IntArray]:
+def slope_steps(problem: AllocationProblem, slopes: Slopes, choices: IntArray, predicted: float) -> Iterator[IntArray]:
     """Plans that keep the budgets and are better to first order, from bold steps to careful ones.
 
         minimise  Σ_u first[u, c_u] + τ k second[u, c_u]     k = divergence / predicted,  τ = 0.5, 0.63, ..., 4
@@ -49,33 +49,30 @@ def slope_steps(
     by some factor, so that a ladder of τ is solved, as in a line search; which step is right, measuring says.
 
     Args:
-        problem: the budgets; its own scores are not looked at.
+        problem: the budgets; its own scores, and those of pairs, are not looked at. Its norm is 1.
         slopes: around the plan.
         choices: the plan.
-        predicted: the sum of the table's scores of the plan.
-        divergence: measured.
+        predicted: the sum of the table's scores of the plan, more than 0.
 
     Example:
         Two layers of one size. The first gains more from six bits than the second loses with two:
 
         >>> problem = AllocationProblem([[0.2, 0.05, 0]] * 2, resources={"size": [[2, 4, 6]] * 2}, budgets={"size": 8})
         >>> plan, first = np.array([1, 1]), np.array([[0.9, 0, -0.3], [0.05, 0, -0.01]])
-        >>> slopes = Slopes.around(plan, first, problem.objective)
-        >>> [step.tolist() for step in slope_steps(problem, slopes, plan, predicted=0.1, divergence=0.1)]
+        >>> slopes = Slopes.around(plan, first, problem.objective, divergence=0.1)
+        >>> [step.tolist() for step in slope_steps(problem, slopes, plan, predicted=0.1)]
         [[2, 0]]
     """
-    if problem.norm != 1 or predicted <= 0 or divergence <= 0:
-        return
     solve = import_module("mpq.solvers").solve
     rows, seen = np.arange(len(choices)), {choices.tobytes()}
     for trust in TRUSTS:
-        scores = slopes.first + trust * divergence / predicted * slopes.second
-        asked = replace(problem, objective=np.where(problem.allowed, scores, np.inf), objective_se=None)
+        scores = slopes.first + trust * slopes.divergence / predicted * slopes.second
+        asked = replace(problem, objective=np.where(problem.allowed, scores, np.inf), objective_se=None, pairs={})
         try:
             found = solve(asked, "auto", gap=1e-3, time_limit=5.0).choices
         except (InfeasibleError, TimeoutError):
             return
         promised = -float(scores[rows, found].sum())
-        if 0 < promised < _MOST_GAINED * divergence and found.tobytes() not in seen:
+        if 0 < promised < _MOST_GAINED * slopes.divergence and found.tobytes() not in seen:
             seen.add(found.tobytes())
             yield found

@@ -29,7 +29,7 @@ from mpq.quantizer import RoundToNearest
 from mpq.refinement import refine
 
 BITS = "int2@group64,int3@group64,int4@group64,int6@group64,int8@group64"
-KEPT_BYTES = 3 * 2**30
+KEPT_BYTES = 5 * 2**29  # of reference outputs, and as many of quantised weights; judges keep a fifth
 
 
 def table_of(source, given, pins, quantizer):
@@ -96,8 +96,11 @@ def main(**given) -> None:
     pins = dict(pin.split("=") for pin in given["pins"])
     quantizer = compensating(source, pins) if given["quantizer"] == "gptq" else None
     table = table_of(source, given, pins, quantizer)
-    how = {"task": source.task, "quantizer": quantizer, "kept_bytes": KEPT_BYTES}
-    judges = [Evaluator(source.model, call_function(name), table, **how) for name in given["holdout"]]
+    how = {"task": source.task, "quantizer": quantizer}
+    judges = [
+        Evaluator(source.model, call_function(name), table, kept_bytes=KEPT_BYTES // 5, **how)
+        for name in given["holdout"]
+    ]
     settings = {
         name: float(text) if "." in text else int(text) for name, text in (s.split("=") for s in given["settings"])
     }
@@ -114,7 +117,7 @@ def main(**given) -> None:
         for seed in map(int, given["seeds"].split(",") if given["seeds"] else ()):
             evaluator = Evaluator(
                 source.model, selection, table, evaluations=given["evaluations"], seed=seed,
-                cache=given["folder"], **how,
+                cache=given["folder"], kept_bytes=KEPT_BYTES, **how,
             )  # fmt: skip
             started = time.process_time()
             found = refine(source.model, None, table, budgets, seed=seed, evaluator=evaluator, **settings)
@@ -122,6 +125,7 @@ def main(**given) -> None:
             rest = f"{found.selection.start:.4f} → {found.selection.best:.4f} | {found.evaluations:.1f}"
             rest += f" | {plans} | {taken:.0f}"
             row(f"{bits}, refined, seed {seed}", judges, choices_of(table, found.plan), start, rest)
+            del evaluator, found  # what they keep is some gigabytes
 
 
 if __name__ == "__main__":
