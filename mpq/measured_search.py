@@ -173,7 +173,7 @@ class MeasuredSearch:
             self._use(amount)
             self._settle()
             self._walk()
-            if not self._affordable():
+            if self._affordable() < self.settings.offspring:
                 return "what was left was for the test at the end"
             if amount < amounts[-1]:
                 self._confirm([self.walker], self.incumbent)
