@@ -174,7 +174,7 @@ class MeasuredSearch:
             self._settle()
             self._walk()
             if self._affordable() < self.settings.offspring:
-                return "what was left was for the test at the end"
+                return "the budget is spent, its last part on the test"
             if amount < amounts[-1]:
                 self._confirm([self.walker], self.incumbent)
         return "no progress on all the data"

@@ -296,7 +296,7 @@ def test_kinds_of_layers_that_the_table_gets_wrong_are_found_with_few_samples():
     loss, least = additive(truth), additive(truth)(mpq.solvers.solve(problem_of(truth)).choices)
     evaluator = Fake(loss, samples=32, noise=0.02 * loss(start), evaluations=20)  # two are for the test
     search = search_of(evaluator, problem, kbest=2, offspring=8, patience=4, first=0.25, finalists=2)
-    assert search.run(start)[1] == "what was left was for the test at the end"
+    assert search.run(start)[1] == "the budget is spent, its last part on the test"
     assert loss(search.walker) - least < 0.25 * (loss(start) - least)  # .37 where layers have nothing in common
 
 
@@ -351,7 +351,7 @@ def test_plan_brings_its_table_and_budgets(table):
 
 def test_end_of_the_budget_ends_the_search(table):
     found = refine(cnn(), DATA, table, BUDGET, evaluations=3, **QUICK)
-    assert found.stopped == "what was left was for the test at the end"
+    assert found.stopped == "the budget is spent, its last part on the test"
     assert found.evaluations <= 3
     assert "seconds for measurements are over" in refine(cnn(), DATA, table, BUDGET, seconds=1e-9, **QUICK).stopped
 
