@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from mpq.learned_scores import LearnedScores, Posterior
 from mpq.level_switches import LevelSwitches
 from mpq.paired_test import Test, best_of_several
 from mpq.plan_keys import choices_of_key, key_of
-from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.problem import AllocationProblem
+from mpq.quick_solver import QuickSolver, optimum_of
 from mpq.shrunk_errors import errors_of
 from mpq.slope_steps import TRUSTS, Slopes, slope_steps
 
@@ -157,10 +158,11 @@ class MeasuredSearch:
             why = self._searched()
         except Exhausted as end:
             why = str(end)
-        self.amount = self.evaluator.samples
-        with contextlib.suppress(Exhausted):
-            self._confirm(self._finalists(), self.start)
-        self._revoke()
+        if self.fresh_from:  # else the budget was over before the start plan was measured
+            self.amount = self.evaluator.samples
+            with contextlib.suppress(Exhausted):
+                self._confirm(self._finalists(), self.start)
+            self._revoke()
         return self.incumbent, why
 
     def _searched(self) -> str:
@@ -278,7 +280,7 @@ class MeasuredSearch:
         if problem.objective_se is not None and settings.draws:
             near_optimal_plans = import_module("mpq.solvers.bootstrap").near_optimal_plans
             seed = int(self.rng.integers(2**31))
-            yield from near_optimal_plans(problem, draws=settings.draws, seed=seed, solver=_Quick()).choices
+            yield from near_optimal_plans(problem, draws=settings.draws, seed=seed, solver=QuickSolver()).choices
 
     def _children(self) -> list[Choices]:
         """New plans: optima of drawn tables, and level switches that drawn tables find promising."""
@@ -288,17 +290,10 @@ class MeasuredSearch:
             if len(children) >= settings.offspring:
                 break
             drawn = posterior.explored(self.rng)
-            child = self._optimum(drawn) if position % 3 == 0 else self._switched(drawn)
+            child = optimum_of(self.problem, drawn) if position % 3 == 0 else self._switched(drawn)
             if child is not None and child.tobytes() not in self.tried:
                 children[child.tobytes()] = child
         return list(children.values())
-
-    def _optimum(self, scores: NDArray[np.float64]) -> Choices | None:
-        try:
-            found: Choices = _Quick().solve(_with_scores(self.problem, scores)).choices
-        except (InfeasibleError, TimeoutError):
-            return None
-        return found
 
     def _switched(self, scores: NDArray[np.float64]) -> Choices | None:
         rows, best = np.arange(len(scores)), None
@@ -344,16 +339,12 @@ class MeasuredSearch:
         ends before all are measured, those that are count.
         """
         plans = list({plan.tobytes(): plan for plan in (rival, self.incumbent, *plans)}.values())
-        ended = None
         try:
             self.evaluator.measure_all(plans, self.amount)
-        except Exhausted as end:
-            ended = end
-        known = [plan for plan in plans if self._samples_of(key_of(plan)) >= self.amount]
-        if len(known) > 1 and known[0] is plans[0]:
-            self._tested(known)
-        if ended is not None:
-            raise ended
+        finally:
+            known = [plan for plan in plans if self._samples_of(key_of(plan)) >= self.amount]
+            if len(known) > 1 and known[0] is plans[0]:
+                self._tested(known)
 
     def _samples_of(self, key: bytes) -> int:
         found = self.evaluator.measured.get(key)
@@ -381,16 +372,3 @@ class MeasuredSearch:
                 self.incumbent = plans[place + 1]
                 self.history.append(Step(self.evaluator.spent, found.divergence, found.samples, float(p_values[place])))
                 return
-
-
-@dataclass(frozen=True)
-class _Quick:
-    """The default solver, content with a plan that is proved to be within a thousandth."""
-
-    def solve(self, problem: AllocationProblem) -> Any:
-        return import_module("mpq.solvers").solve(problem, "auto", gap=1e-3, time_limit=5.0)
-
-
-def _with_scores(problem: AllocationProblem, scores: NDArray[np.float64]) -> AllocationProblem:
-    scores = scores if problem.norm == 1 else np.maximum(scores, 0.0)
-    return replace(problem, objective=np.where(problem.allowed, scores, np.inf), objective_se=None)

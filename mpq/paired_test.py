@@ -117,8 +117,7 @@ def best_of_several(plans: ArrayLike, rival: ArrayLike, *, test: Test = "t") -> 
     lowest = (common / np.sqrt(rng.chisquare(count - 1, (_DRAWS, 1)) / (count - 1))).min(1)
     found = single.copy()
     found[varies] = [(lowest <= t).mean() for t in differences[varies].mean(1) / errors[varies]]
-    found[:] = np.maximum(found, single)
-    return found
+    return np.asarray(np.maximum(found, single))
 
 
 def student_tail(t: float, freedom: int) -> float:

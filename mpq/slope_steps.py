@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 import numpy as np
 
 from mpq.arrays import FloatArray, IntArray
-from mpq.problem import AllocationProblem, InfeasibleError
+from mpq.problem import AllocationProblem
+from mpq.quick_solver import optimum_of
 
 TRUSTS = tuple(2 ** (step / 3) for step in range(-3, 7))  # factors on the second order: from half to four times
 _MOST_GAINED = 0.5  # of the divergence: a step that promises more goes beyond where slopes hold
@@ -63,16 +63,13 @@ def slope_steps(problem: AllocationProblem, slopes: Slopes, choices: IntArray, p
         >>> [step.tolist() for step in slope_steps(problem, slopes, plan, predicted=0.1)]
         [[2, 0]]
     """
-    solve = import_module("mpq.solvers").solve
     rows, seen = np.arange(len(choices)), {choices.tobytes()}
+    budgets = replace(problem, pairs={})
     for trust in TRUSTS:
         scores = slopes.first + trust * slopes.divergence / predicted * slopes.second
-        asked = replace(problem, objective=np.where(problem.allowed, scores, np.inf), objective_se=None, pairs={})
-        try:
-            found = solve(asked, "auto", gap=1e-3, time_limit=5.0).choices
-        except (InfeasibleError, TimeoutError):
-            return
-        promised = -float(scores[rows, found].sum())
-        if 0 < promised < _MOST_GAINED * slopes.divergence and found.tobytes() not in seen:
+        found = optimum_of(budgets, scores)
+        if found is None or found.tobytes() in seen:
+            continue
+        if 0 < -float(scores[rows, found].sum()) < _MOST_GAINED * slopes.divergence:
             seen.add(found.tobytes())
             yield found
