@@ -84,6 +84,10 @@ class OrdinalGenes:
         return np.arange(0, self.order.size, self.order.shape[1])
 
     @cached_property
+    def _ones(self) -> FloatArray:
+        return np.ones(len(self.order))
+
+    @cached_property
     def flat(self) -> FloatArray:
         """The table as (1 + budgets, groups · options)."""
         return np.ascontiguousarray(self.table.reshape(len(self.table), -1))
@@ -106,8 +110,8 @@ class OrdinalGenes:
     def costs(self, genes: GeneArray) -> Costs:
         """Everything that is limited, without the objective."""
         core = self.core
-        index = genes + self.start
-        sums = self._sums(genes, index, range(1, len(self.table)))
+        places = genes + self.start
+        sums = self.sums(genes, places)
         steps = self._steps(genes)
         over = np.maximum(sums - core.limits[:, None], 0.0) / self.scale[:, None]
         excess = over.sum(0)
@@ -118,7 +122,7 @@ class OrdinalGenes:
             excess = excess + (high / (np.abs(limit) + high.max(initial=0.0) + 1e-300)).sum(0)
         if core.max_formats is not None:
             excess = excess + np.maximum(self._used(genes).sum(1) - core.max_formats, 0)
-        return Costs(sums, steps, excess, index)
+        return Costs(sums, steps, excess, places)
 
     def objective(self, genes: GeneArray, costs: Costs) -> FloatArray:
         """Objective of the core for every plan, (plans,); ``costs`` are its own."""
@@ -126,15 +130,19 @@ class OrdinalGenes:
         if core.has_goal:
             highest: FloatArray = costs.steps[core.steps.goal].max(0)
             return highest
-        total: FloatArray = self._sums(genes, costs.places, range(1))[0]
+        total: FloatArray = self._totals(genes, costs.places, range(1))[0]
         if core.format_costs is not None:
             total = total + self._used(genes) @ core.format_costs
         return total
 
-    def _sums(self, genes: GeneArray, index: IntArray, rows: range) -> FloatArray:
+    def sums(self, genes: GeneArray, places: IntArray) -> FloatArray:
+        """``(budgets, plans)`` usage of the sum budgets; places are ``genes + start``."""
+        return self._totals(genes, places, range(1, len(self.table)))
+
+    def _totals(self, genes: GeneArray, places: IntArray, rows: range) -> FloatArray:
         totals = np.empty((len(rows), len(genes)))
         for total, row in zip(totals, rows, strict=True):
-            np.sum(self.flat[row].take(index, mode="clip"), axis=1, out=total)
+            np.dot(self.flat[row].take(places, mode="clip"), self._ones, out=total)  # faster than a sum along an axis
         for pair in self.couplings:
             totals += pair.table[rows.start : rows.stop, genes[:, pair.first], genes[:, pair.second]]
         return totals
