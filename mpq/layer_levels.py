@@ -38,7 +38,7 @@ class LayerLevels:
     layer keep their options from one factor to the next, both are one level.
 
     Args:
-        fine: the problem of units, without ties, peaks, pairs and the like.
+        fine: the problem of units, without peaks, pairs and the like; ties within layers, of sums of their units.
         layer_index: (units,) the layer that each belongs to; every layer has one.
         start: (units,) a plan near the optimum of the table that keeps the budgets.
         step: ratio of the factors of neighbouring levels.
@@ -68,14 +68,14 @@ class LayerLevels:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        asked = sorted(self.fine.features - TAKEN) + (["ties"] if self.fine.ties else [])
+        asked = sorted(self.fine.features - TAKEN) + ["ties across layers"] * _ties_cross(self.fine, self.layer_index)
         if asked:
             raise ValueError(f"levels of layers keep sum budgets alone, the problem has {', '.join(asked)}")
 
     @staticmethod
-    def fit(fine: AllocationProblem) -> bool:
+    def fit(fine: AllocationProblem, layer_index: NDArray[np.int64]) -> bool:
         """Whether a problem asks for no more than levels can keep."""
-        return fine.features <= TAKEN and not fine.ties
+        return fine.features <= TAKEN and not _ties_cross(fine, layer_index)
 
     @cached_property
     def plans(self) -> NDArray[np.unsignedinteger]:
@@ -86,10 +86,18 @@ class LayerLevels:
             (value * self.fine.resources[name] for name, value in prices.items()), np.zeros_like(self.fine.objective)
         )
         found = np.empty((2 * self.reach + 1, len(self.start)), dtype=narrow)
+        scores, price = self._tied(self.fine.objective), self._tied(price)
         for level in range(len(found)):
-            found[level] = np.argmin(self.step ** (level - self.reach) * self.fine.objective + price, axis=1)
+            each = np.argmin(self.step ** (level - self.reach) * scores + price, axis=1)
+            found[level] = each[self.fine.groups] if self.fine.ties else each
         found[self.reach] = self.start
         return found
+
+    def _tied(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(tied units, options): sums over the units of every tie; the values themselves without ties."""
+        if not self.fine.ties:
+            return values
+        return np.column_stack([np.bincount(self.fine.groups, column) for column in values.T])
 
     @cached_property
     def problem(self) -> AllocationProblem:
@@ -135,6 +143,11 @@ class LayerLevels:
 
     def _counts(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         return np.asarray(np.bincount(self.layer_index, values, minlength=self._layers), dtype=np.float64)
+
+
+def _ties_cross(fine: AllocationProblem, layer_index: NDArray[np.int64]) -> bool:
+    """Whether units of different layers are tied."""
+    return any(len(np.unique(layer_index[list(tie)])) > 1 for tie in fine.ties)
 
 
 @dataclass(eq=False)

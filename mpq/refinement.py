@@ -200,10 +200,10 @@ def refine(
     if not problem.is_feasible(start):
         raise ValueError(f"the plan to refine does not keep the budgets: {problem.violations(start) or 'pins, ties'}")
     rng, asked = np.random.default_rng(seed), Settings(**settings)
-    levels = None
-    if table.granularity != "layer" and LayerLevels.fit(problem):
+    levels, index = None, np.asarray(table.layer_index)
+    if table.granularity != "layer" and LayerLevels.fit(problem, index):
         names = tuple(layer.name for layer in table.layers)
-        levels = LayerLevels(problem, np.asarray(table.layer_index), np.asarray(start), names=names)
+        levels = LayerLevels(problem, index, np.asarray(start), names=names)
         search = MeasuredSearch(LevelEvaluator(evaluator, levels), levels.problem, asked, rng)
     else:
         search = MeasuredSearch(evaluator, problem, asked, rng)

@@ -13,6 +13,7 @@ from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.plan_keys import key_of
 from mpq.planning import choices_of
 from mpq.refinement import refine
+from mpq.score_blocks import sorted_blocks
 from mpq.solvers import solve
 from mpq.solvers.multipliers import shadow_prices
 
@@ -112,10 +113,28 @@ def test_layers_that_cannot_change_have_one_level():
     assert levels.problem.allowed[2, levels.reach]
 
 
+def test_tied_units_take_what_is_best_for_their_sum():
+    ties = [(0, 7, 3), (5, 1), (81, 99)]
+    problem, index = problem_of(ties=ties)
+    start = solve(problem).choices
+    levels = LayerLevels(problem, index, start, reach=3)
+    prices = shadow_prices(problem)
+    assert LayerLevels.fit(problem, index)
+    assert any(prices.values())
+    for level in range(7):
+        plan = levels.plans[level]
+        for tie in [*ties, (2,), (80,)]:
+            units = list(tie)
+            value = levels.step ** (level - 3) * problem.objective[units].sum(0)
+            value += sum(price * problem.resources[name][units].sum(0) for name, price in prices.items())
+            assert len(set(plan[units])) == 1
+            assert level == 3 or value[plan[units[0]]] == pytest.approx(value.min())
+
+
 def test_couplings_are_refused():
-    problem, index = problem_of(ties=[(0, 1)])
-    assert not LayerLevels.fit(problem)
-    with pytest.raises(ValueError, match="the problem has ties"):
+    problem, index = problem_of(ties=[(0, 1), (2, 40)])
+    assert not LayerLevels.fit(problem, index)
+    with pytest.raises(ValueError, match="the problem has ties across layers"):
         LayerLevels(problem, index, np.zeros(len(index), dtype=int))
     problem, index = problem_of(max_formats=3)
     with pytest.raises(ValueError, match="the problem has max_formats"):
@@ -147,6 +166,15 @@ def test_finer_units_are_refined_layer_by_layer(table):
     direct = Evaluator(cnn(), DATA, table).measure(found.plan)
     assert found.selection.best == pytest.approx(direct.divergence)
     assert found.evaluations <= 40
+
+
+def test_sorted_blocks_are_refined_as_blocks(table):
+    blocks = sorted_blocks(table, 4)
+    found = refine(cnn(), DATA, blocks, BUDGET, evaluations=40, seed=1, **QUICK)
+    assert found.is_improved
+    choices = choices_of(blocks, found.plan)
+    assert all(len(set(choices[list(tie)])) == 1 for tie in blocks.ties)
+    assert found.plan.value_bytes <= found.plan.budgets[0].limit * (1 + 1e-9)
 
 
 def test_measures_what_the_levels_stand_for(table):

@@ -27,6 +27,7 @@ from mpq.options import matching
 from mpq.planning import choices_of
 from mpq.quantizer import RoundToNearest
 from mpq.refinement import refine
+from mpq.score_blocks import sorted_blocks
 
 BITS = "int2@group64,int3@group64,int4@group64,int6@group64,int8@group64"
 KEPT_BYTES = 5 * 2**29  # of reference outputs, and as many of quantised weights; judges keep a fifth
@@ -83,6 +84,7 @@ def row(name, judges, plan, start, rest=""):
 @click.option("--pin", "pins", multiple=True)
 @click.option("--bits", default="3,3.5,4,4.5")
 @click.option("--granularity", default="layer")
+@click.option("--blocks", default=0, help="Units of a layer, sorted by score, that share a format.")
 @click.option("--sensitivity", default="fisher")
 @click.option("--quantizer", type=click.Choice(["nearest", "gptq"]), default="nearest")
 @click.option("--seeds", default="0")
@@ -96,6 +98,7 @@ def main(**given) -> None:
     pins = dict(pin.split("=") for pin in given["pins"])
     quantizer = compensating(source, pins) if given["quantizer"] == "gptq" else None
     table = table_of(source, given, pins, quantizer)
+    table = sorted_blocks(table, given["blocks"]) if given["blocks"] else table
     how = {"task": source.task, "quantizer": quantizer}
     judges = [
         Evaluator(source.model, call_function(name), table, kept_bytes=KEPT_BYTES // 5, **how)
