@@ -4,10 +4,10 @@
         --pin model.embed_tokens=fp32 --bits 3,3.5,4,4.5 --granularity groups:64 --folder out
 
 `load` returns the model and the sequences that the table is made on; `--selection` and `--holdout` (one column each)
-are functions that return other sequences. Layers that a pin names are left out of the bits. The table, and what was
-measured, stay in `--folder`: a run that was killed goes on. One Markdown row a budget, method and seed: held-out
-divergence ± its standard error, and of refined plans the paired difference from the table's plan, evaluations of the
-whole selection data, plans, CPU seconds.
+are functions that return other sequences. Layers that a pin names are left out of the bits. The table, what was
+measured and the refined plans stay in `--folder`: a run that was killed goes on. One Markdown row a budget, method and
+seed: held-out divergence ± its standard error, and of refined plans the paired difference from the table's plan,
+evaluations of the whole selection data, plans, CPU seconds.
 """
 
 from __future__ import annotations
@@ -100,10 +100,8 @@ def main(**given) -> None:
     table = table_of(source, given, pins, quantizer)
     table = sorted_blocks(table, given["blocks"]) if given["blocks"] else table
     how = {"task": source.task, "quantizer": quantizer}
-    judges = [
-        Evaluator(source.model, call_function(name), table, kept_bytes=KEPT_BYTES // 5, **how)
-        for name in given["holdout"]
-    ]
+    kept = {"kept_bytes": KEPT_BYTES // 5, "cache": given["folder"]}
+    judges = [Evaluator(source.model, call_function(name), table, **kept, **how) for name in given["holdout"]]
     settings = {
         name: float(text) if "." in text else int(text) for name, text in (s.split("=") for s in given["settings"])
     }
@@ -125,6 +123,9 @@ def main(**given) -> None:
             started = time.process_time()
             found = refine(source.model, None, table, budgets, seed=seed, evaluator=evaluator, **settings)
             taken, plans = time.process_time() - started, len(evaluator.measured)
+            units = given["granularity"].replace(":", "") + (f"-sorted{given['blocks']}" if given["blocks"] else "")
+            stem = f"{units}-{given['name']}-{bits}-{seed}"
+            found.plan.save(Path(given["folder"]) / f"{stem}.json")
             rest = f"{found.selection.start:.4f} → {found.selection.best:.4f} | {found.evaluations:.1f}"
             rest += f" | {plans} | {taken:.0f}"
             row(f"{bits}, refined, seed {seed}", judges, choices_of(table, found.plan), start, rest)
