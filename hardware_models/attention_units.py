@@ -4,10 +4,10 @@
     scores    bops = macs of q.k in the convention of the layers, both inputs in the option's format
     mixing    bops = macs of p.v likewise
 
-Everything else is 0: operators have no weights, and their activations stay on the chip. A run's latency and energy
-depend on its cache's format where a family prices a decoding step (`Prices.attention`): there they move from the offset
-to the cache's row. Faster products in narrow formats are not priced, nor is there a check that the target has a kernel
-for a format: device files do not say.
+Everything else is 0, what the softmax's output takes as well: operators have no weights, and their activations stay on
+the chip. A run's latency and energy depend on its cache's format where a family prices a decoding step
+(`Prices.attention`): there they move from the offset to the cache's row. Faster products in narrow formats are not
+priced, nor is there a check that the target has a kernel for a format: device files do not say.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def with_operators(prices: Prices, cells: Cells, operators: Sequence[Layer]) -> 
         >>> from mpq.options import Option
         >>> run = Attention("attn", 4, 2, 10, 10, 16, 16, qk_macs=6400, pv_macs=6400, is_replaceable=True)
         >>> network, options = Network((), attention=(run,)), [Option(None, "int8@token"), Option(None, "fp16")]
-        >>> with_operators(Prices(), Cells.of(network, options), attention_operators(network)[2:]).tables["cache"]
+        >>> with_operators(Prices(), Cells.of(network, options), attention_operators(network)[2:3]).tables["cache"]
         array([[ 720., 1280., 2560.]])
     """
     if not operators:
@@ -53,7 +53,7 @@ def with_operators(prices: Prices, cells: Cells, operators: Sequence[Layer]) -> 
     for row, operator in enumerate(operators, layers):
         runs = runs_of(operator, cells.network)
         if operator.kind != "cache":
-            if "bops" in tables:
+            if "bops" in tables and operator.kind != "softmax":
                 tables["bops"][row] = _bops(operator, cells, runs)
             continue
         for name, table in {**prices.attention, "cache": each}.items():

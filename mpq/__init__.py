@@ -97,9 +97,10 @@ _HOME = {
     "verify": "verification",
 }
 _MODULES = (
-    *("activation_ranges", "adaquant", "attention_formats", "batch_norm_tuning", "bias_correction", "budgets"),
-    *("error_database", "fake_quantize", "formats", "gptq", "hardware_models", "layer_norm_scales", "layers"),
-    *("options", "plan", "problem", "quantizer", "sensitivity", "solvers", "tables", "tasks", "weight_database"),
+    *("activation_ranges", "adaquant", "adjuster", "attention_formats", "batch_norm_tuning", "bias_correction"),
+    *("budgets", "demo", "drops", "error_database", "fake_quantize", "formats", "gptq", "hardware_models"),
+    *("layer_norm_scales", "layers", "options", "plan", "problem", "quantizer", "score_blocks", "sensitivity"),
+    *("shared_evaluator", "solvers", "tables", "tasks", "weight_database"),
 )
 
 

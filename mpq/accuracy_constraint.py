@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpq.budgets import format_quantity
 from mpq.drops import Metric
 from mpq.evaluator import Evaluator, Exhausted
 from mpq.options import Option
@@ -38,6 +40,8 @@ class Smallest:
         limit: the drop that was allowed.
         test: that the drop is below the limit; `test.p_value` is the chance to see this if it were not.
         level: of the test.
+        resource_name: "size", "latency", ...
+        stopped: why the search ended before it was through; empty if it was.
         unsure: the smallest plan whose measured drop is within the limit, confirmed or not: what more data may buy.
         history: (resource, drop, p) of every plan measured, in that order.
         evaluator: has the measurements.
@@ -52,20 +56,25 @@ class Smallest:
     unsure: Plan | None
     history: tuple[tuple[float, float, float], ...]
     evaluator: Evaluator
+    resource_name: str = "size"
+    stopped: str = ""
 
     def __str__(self) -> str:
         name = self.evaluator.provenance["measured"]
         if self.plan is None or self.test is None:
+            way_out = "allow more of them" if self.stopped else "allow a larger drop, finer options, or more data"
+            ended = f"{self.stopped}, before the search was through: " if self.stopped else ""
             return (
                 f"no plan of the frontier was confirmed to lose at most {self.limit:g} ({name}) in "
-                f"{len(self.history)} measured: allow a larger drop, finer options, or more data"
+                f"{len(self.history)} measured: {ended}{way_out}"
             )
         bound = self.limit + self.test.upper(self.level)
         sure = f"{1 - self.level:.0%} sure that it is below {bound:.4g}, p = {self.test.p_value:.2g}"
-        return (
-            f"{self.resource:.6g} of the resource: {name} drop {self.drop:.4g} of {self.limit:g} allowed on "
-            f"{self.evaluator.samples} samples ({sure}; {len(self.history)} plans measured)"
-        )
+        measure = self.evaluator.table.measures.get(self.resource_name, "")
+        ended = f"; {self.stopped}: a smaller one may do" if self.stopped else ""
+        cost = f"{self.resource_name} {format_quantity(self.resource, measure)}"
+        found = f"{name} drop {self.drop:.4g} of {self.limit:g} allowed on {self.evaluator.samples} samples"
+        return f"{cost}: {found} ({sure}; {len(self.history)} plans measured{ended})"
 
 
 def smallest(
@@ -139,8 +148,8 @@ def smallest(
         >>> found.drop < 0.2, found.test.p_value < 0.05, found.plan.average_bits < 8.5
         (True, True, True)
     """
-    if not drop > 0 or not 0 < level < 1:
-        raise ValueError(f"drop must be positive and level between 0 and 1, got {drop} and {level}")
+    if not (isinstance(drop, Real) and drop > 0 and isinstance(level, Real) and 0 < level < 1):
+        raise ValueError(f"drop must be a positive number and level between 0 and 1, got {drop!r} and {level!r}")
     if evaluator is None:
         evaluator = Evaluator(
             model, data, table, task=task, quantizer=quantizer, metric=metric, cache=cache,
@@ -150,7 +159,7 @@ def smallest(
         raise ValueError(f"the evaluator measures {evaluator.metric!r}, metric is {metric!r}: make them the same")
     front = table.pareto(resource, budgets, pins=pins, epsilon=1e-3)
     search = _Bisection(evaluator, front, drop, level)
-    return search.run()
+    return replace(search.run(), resource_name=resource)
 
 
 class _Bisection:
@@ -163,10 +172,12 @@ class _Bisection:
     def run(self) -> Smallest:
         within = len(self.front)
         confirmed: int | None = None
+        stopped = ""
         try:
             within = self._first_within()
             confirmed = next((k for k in self._upwards(within) if self._test(k).p_value < self.level), None)
-        except Exhausted:
+        except Exhausted as end:
+            stopped = str(end)
             passed = [k for k, test in self.tests.items() if test.p_value < self.level]
             confirmed = min(passed, default=None)
         hopeful = [k for k in self.tests if self._drop(k) <= self.drop]
@@ -184,6 +195,7 @@ class _Bisection:
                 for k, found in self.tests.items()
             ),
             evaluator=self.evaluator,
+            stopped=stopped,
         )
 
     def _first_within(self) -> int:

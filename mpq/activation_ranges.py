@@ -92,6 +92,8 @@ def calibrate_ranges(model: nn.Module, data: Any, plan: Plan, method: Method | s
         replace(e, input_range=observers[e.layer.name].range() if e.layer.name in observers else None)
         for e in plan.entries
     )
+    if not observers:
+        raise ValueError("the plan must quantise inputs with ranges to calibrate, such as int8/uint8; none of it does")
     return replace(plan, entries=entries, measured={}, provenance={**plan.provenance, "ranges": str(default)})
 
 

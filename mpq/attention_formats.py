@@ -125,13 +125,17 @@ def quantised_operators(model: nn.Module, formats: Mapping[Layer, NumberFormat |
 
 def _choices(formats: Mapping[Layer, NumberFormat | None]) -> dict[str, AttentionChoice]:
     """What the attention of every module takes in which an operator does not stay as it is."""
-    options: dict[str, dict[str, Option]] = {}
+    own: dict[str, dict[str, NumberFormat]] = {}
     for operator, fmt in formats.items():
-        if fmt is not None and fmt.name != "fp32":
-            options.setdefault(module_of(operator), {})[operator.kind] = Option(None, fmt)
+        if fmt is not None:
+            own.setdefault(module_of(operator), {})[operator.kind] = fmt
+    changed = {name: kinds for name, kinds in own.items() if any(fmt.name != "fp32" for fmt in kinds.values())}
     return {
-        name: AttentionChoice(scores=own.get("scores"), mixing=own.get("mixing"), cache=own.get("cache"))
-        for name, own in options.items()
+        name: AttentionChoice(
+            **{kind: Option(None, fmt) for kind, fmt in kinds.items() if kind != "softmax"},
+            probabilities=kinds.get("softmax"),
+        )
+        for name, kinds in changed.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Attention's operators as what is planned: q·kᵀ, p·v and the cache of keys and values, which have no weights."""
+"""Attention's operators as what is planned: q·kᵀ, p·v, the cache and the softmax's output, which have no weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ OPERATORS: Mapping[str, str] = {
     "scores": "q·kᵀ: queries and keys",
     "mixing": "p·v: probabilities and values",
     "cache": "keys and values as they are stored",
+    "softmax": "probabilities, in another format than the values that p·v takes them with",
 }
 
 
@@ -38,11 +39,11 @@ def runs_of(operator: Layer, network: Network) -> list[int]:
 
 
 def attention_operators(network: Network) -> tuple[Layer, ...]:
-    """The operators of a network that can be planned, in execution order: three for each module that runs attention.
+    """The operators of a network that can be planned, in execution order: four for each module that runs attention.
 
-    They are `Layer`s of the kinds ``scores``, ``mixing`` and ``cache``, named ``module:kind``, without weights: their
-    ``weight_shape`` is (0,). Elements and multiply-adds are those of the example inputs, all runs of the module.
-    Attention that a model spells out, or that no named module runs, has none: its operands cannot be quantised.
+    They are `Layer`s of the kinds ``scores``, ``mixing``, ``cache`` and ``softmax``, named ``module:kind``, without
+    weights: their ``weight_shape`` is (0,). Elements and multiply-adds are those of the example inputs, all runs of the
+    module. Attention that a model spells out, or that no named module runs, has none: its operands cannot be quantised.
 
     Example:
         >>> from mpq.attention import Attention
@@ -155,6 +156,8 @@ def _shapes(kind: str, run: Attention) -> tuple[tuple[int, ...], tuple[int, ...]
         return (run.batch, run.heads, run.query_positions, run.head_dim), pairs
     if kind == "mixing":
         return pairs, (run.batch, run.heads, run.query_positions, run.value_dim)
+    if kind == "softmax":
+        return pairs, pairs
     stored = (run.batch, run.kv_heads, run.key_positions, run.head_dim + run.value_dim)
     return stored, stored
 
@@ -163,5 +166,7 @@ def _operands(kind: str, run: Attention) -> int:
     """Elements of both inputs, keys and values before they are repeated."""
     if kind == "cache":
         return run.cache_elements
+    if kind == "softmax":
+        return prod(_shapes(kind, run)[0])
     width = run.head_dim if kind == "scores" else run.value_dim
     return prod(_shapes(kind, run)[0]) + run.batch * run.kv_heads * run.key_positions * width

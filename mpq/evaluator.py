@@ -7,6 +7,8 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from mpq.batches import Batch, batch_size, batches_of, samples_in
+from mpq.batches import batch_size, batches_of, samples_in
 from mpq.cache import description, fingerprint_of, pieces_in
 from mpq.drops import Metric, drop_of
 from mpq.frontier import Frontier
@@ -125,12 +127,13 @@ class Evaluator:
         if not table.layers:
             raise ValueError("the table must have layers to measure plans on a model, this one was written by hand")
         for name, limit in (("evaluations", evaluations), ("seconds", seconds)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive, got {limit}; leave it out for no limit")
+            if limit is not None and not (isinstance(limit, Real) and limit > 0):
+                raise ValueError(f"{name} must be a positive number, got {limit!r}; leave it out for no limit")
         batches = batches_of(data)
         with evaluating(model):
             self.task = choose_task(model, batches[0], task)
         self.model, self.table, self.metric, self.seed = model, table, metric, seed
+        self.quantizer, self._batches = quantizer, batches
         self.evaluations, self.seconds = evaluations, seconds
         self._drop = drop_of(metric, self.task)
         cut = not isinstance(self.task, CustomLoss)  # what a function makes of a batch may need all of it
@@ -140,20 +143,18 @@ class Evaluator:
         self.weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
         self._references: dict[int, Outputs] = {}
         self._room = kept_bytes
-        self._store = StoredValues(self._folder(cache, batches, quantizer))
+        self._store = StoredValues(None if cache is None else pieces_in(cache, self.fingerprint).folder)
         self._values: dict[bytes, NDArray[np.float64]] = {}
         self.measured: dict[bytes, Measurement] = {}
         self.spent = 0.0
         self.runs = 0
         self._started: float | None = None
 
-    def _folder(self, cache: str | Path | None, batches: list[Batch], quantizer: Quantizer | None) -> Path | None:
-        return None if cache is None else pieces_in(cache, self._fingerprint(batches, quantizer)).folder
-
-    def _fingerprint(self, batches: list[Batch], quantizer: Quantizer | None) -> str:
+    @cached_property
+    def fingerprint(self) -> str:
         """Of all that a measurement depends on."""
-        table = self.table
-        parts = (self.model, batches, self.task, self.metric, quantizer, table.layers, table.options, self.seed)
+        table, how = self.table, (self.task, self.metric, self.quantizer)
+        parts = (self.model, self._batches, *how, table.layers, table.options, self.seed)
         more = (table.granularity, np.asarray(table.layer_index))
         return fingerprint_of([], "evaluator", *map(description, (*parts, *more)))
 
@@ -259,9 +260,10 @@ class Evaluator:
         """
         self.table.quantity(resource)
         count = self.samples if samples is None else samples
-        whole = [(key, found) for key, found in self.measured.items() if found.samples >= count > 0]
+        known = [(key, found) for key, found in self.measured.items() if math.isfinite(found.divergence)]
+        whole = [(key, found) for key, found in known if found.samples >= count > 0]
         if not whole:
-            most = max((found.samples for found in self.measured.values()), default=0)
+            most = max((found.samples for _, found in known), default=0)
             asked = "all the data" if samples is None else f"{samples} samples"
             raise ValueError(f"no plan was measured on {asked}: measure some so, or ask for samples={most} at most")
         whole = [(key, Measurement.of(found.per_sample[:count])) for key, found in whole]
@@ -294,13 +296,14 @@ class Evaluator:
 
     def _codes(self, choices: ArrayLike | Plan) -> NDArray[np.int64]:
         table = self.table
-        codes = choices_of(table, choices) if isinstance(choices, Plan) else np.asarray(choices).astype(np.int64)
+        codes = choices_of(table, choices) if isinstance(choices, Plan) else np.asarray(choices)
         rows = np.arange(len(table.units))
-        if codes.shape != rows.shape or codes.min() < 0 or codes.max() >= len(table.options):
+        is_index = codes.dtype.kind in "iu" and codes.shape == rows.shape
+        if not is_index or codes.min() < 0 or codes.max() >= len(table.options):
             raise ValueError(f"choices must be {len(rows)} indices below {len(table.options)}, got {choices!r}")
         for unit in np.flatnonzero(~table.allowed[rows, codes])[:1]:
             raise ValueError(f"the table does not allow {table.options[codes[unit]]!r} for {str(table.units[unit])!r}")
-        return codes
+        return codes.astype(np.int64)
 
     def _piece_end(self, samples: int | None) -> int:
         """Pieces that so many samples take."""

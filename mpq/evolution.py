@@ -344,15 +344,21 @@ def _frontier_genes(breeding: Any) -> NDArray[np.int16]:
 
 
 def _given(breeding: Any, seeds: Any) -> NDArray[np.int16]:
-    choices = np.asarray(seeds, dtype=np.int64).reshape(-1, len(breeding.problem.objective))
+    layers, options = breeding.problem.objective.shape
+    choices = np.atleast_2d(np.asarray(seeds, dtype=np.int64))
+    choices = choices if choices.size else choices.reshape(0, layers)
+    is_right = choices.ndim == 2 and choices.shape[1] == layers
+    if not is_right or choices.min(initial=0) < 0 or choices.max(initial=0) >= options:
+        raise ValueError(f"seeds must be (plans, {layers}) option indices below {options}, got {seeds!r}")
     genes: NDArray[np.int16] = breeding.repaired(breeding.genes(choices))
     return genes
 
 
 def _fingerprint(evaluator: Evaluates, problem: AllocationProblem, names: tuple[str, ...]) -> str:
-    """What trials of one study have in common: genes and their order, resources, and how plans are measured."""
+    """What trials of one study have in common: genes, resources, and on what and how plans are measured."""
     digest = hashlib.sha256(repr((problem.layers, problem.options, names)).encode())
     how = repr(sorted(dict(getattr(evaluator, "provenance", {}) or {}).items()))
+    digest.update(str(getattr(evaluator, "fingerprint", "")).encode())
     digest.update(re.sub(" at 0x[0-9a-f]+", "", how).encode())  # addresses differ between workers
     digest.update(np.ascontiguousarray(problem.groups).tobytes() + problem.allowed.tobytes())
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("first", "fresh", "level"):
             if not 0 < getattr(self, name) <= 1 or (name != "first" and getattr(self, name) == 1):
-                raise ValueError(f"{name} must be a share above 0, got {getattr(self, name)}")
+                most = "at most 1" if name == "first" else "below 1"
+                raise ValueError(f"{name} must be above 0 and {most}, got {getattr(self, name)}")
         if self.draws < 0:
             raise ValueError(f"draws must be at least 0, got {self.draws}")
 
@@ -197,7 +199,15 @@ class MeasuredSearch:
 
     def _use(self, amount: int) -> None:
         self.amount, self.chosen_by = amount, max(1, round(amount * (1 - self.settings.fresh)))
-        self.fresh_from = self.evaluator.measure(self.start, self.chosen_by).samples
+        found = self.evaluator.measure(self.start, self.chosen_by)
+        if not math.isfinite(found.divergence):
+            raise ValueError("the start plan's outputs must be finite to be refined, they are not: take a finer plan")
+        if found.samples >= self.evaluator.samples:
+            raise ValueError(
+                "data must be of parts that are measured apart, to choose a plan by one and to test it on another: "
+                "give more samples, or with a loss of your own more batches"
+            )
+        self.fresh_from = found.samples
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
@@ -246,16 +256,22 @@ class MeasuredSearch:
 
     def _ranked(self, plans: Sequence[Choices], samples: int | None) -> list[Choices]:
         """Plans by their means on so many samples; equal ones in the order given."""
-        found = [one.divergence for one in self.evaluator.measure_all(plans, samples)]
+        measured = [one.divergence for one in self.evaluator.measure_all(plans, samples)]
+        found = [divergence if math.isfinite(divergence) else math.inf for divergence in measured]
         return [plans[position] for position in sorted(range(len(plans)), key=found.__getitem__)]
 
     def _leaders(self, count: int) -> list[Choices]:
         """The best of the plans that were measured on most of the data so far: less is too noisy to compare."""
-        measured = self.evaluator.measured
+        measured = self._finite
         most = sorted((found.samples for found in measured.values()), reverse=True)[: 2 * count]
         known = [key for key, found in measured.items() if found.samples >= most[-1] and self._is_ours(key)]
         known.sort(key=self._relative)
         return [choices_of_key(key) for key in known[:count]]
+
+    @property
+    def _finite(self) -> dict[bytes, Measurement]:
+        """What was measured, without plans of which a sample came out as no number."""
+        return {key: found for key, found in self.evaluator.measured.items() if math.isfinite(found.divergence)}
 
     def _is_ours(self, key: bytes) -> bool:
         """Whether a measured plan keeps the budgets; the evaluator may have served others."""
@@ -308,7 +324,7 @@ class MeasuredSearch:
         return best
 
     def _posterior(self) -> Posterior:
-        keys = list(self.evaluator.measured)
+        keys = list(self._finite)
         differences = [self._difference(key) for key in keys]
         start = self.evaluator.measured[key_of(self.start)].divergence
         values = np.array([start + found.mean() for found in differences])
@@ -328,7 +344,7 @@ class MeasuredSearch:
 
     def _finalists(self) -> list[Choices]:
         """The walk's plan, and others that are best on the selection data; nothing is measured."""
-        known = [key for key in self.evaluator.measured if self._samples_of(key) >= self.fresh_from]
+        known = [key for key in self._finite if self._samples_of(key) >= self.fresh_from]
         known = sorted((key for key in known if self._is_ours(key)), key=self._relative)
         return [self.walker, *map(choices_of_key, known[: self.settings.finalists])]
 
@@ -360,7 +376,9 @@ class MeasuredSearch:
 
     def _tested(self, plans: Sequence[Choices]) -> None:
         """The first plan is the rival."""
-        old, *new = (self.evaluator.measure(plan, self.amount) for plan in plans)
+        measured = [(plan, self.evaluator.measure(plan, self.amount)) for plan in plans]
+        plans = [plan for plan, found in measured if math.isfinite(found.divergence)]
+        old, *new = (found for _, found in measured if math.isfinite(found.divergence))
         cut, now = self.fresh_from, self.evaluator.measure(self.incumbent, self.amount)
         fresh = np.array([found.per_sample[cut:] for found in new])
         if not fresh.size:

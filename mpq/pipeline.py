@@ -37,7 +37,7 @@ def search(  # noqa: PLR0917 - the order is public
     seed: int = 0,
     cache: str | Path | None = None,
     *,
-    refine: float | Mapping[str, Any] | None = None,
+    refine: float | bool | Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Plan:
     """Which layer gets which format: the plan with the least predicted loss that keeps every budget.
@@ -58,7 +58,7 @@ def search(  # noqa: PLR0917 - the order is public
         seed: of everything random.
         cache: a folder for finished measurements: an interrupted search goes on there.
         refine: measure other plans on the data and take a better one that fresh samples confirm (`mpq.refine`): how
-            many measurements of the whole data, or the settings of `refine`.
+            many measurements of the whole data, the settings of `refine`, or True for its defaults.
         **settings: those of `measure` (task, granularity, quantizer, batch, phase, context, target, progress).
 
     Returns:
@@ -69,6 +69,7 @@ def search(  # noqa: PLR0917 - the order is public
         ValueError: if a name, pattern, unit or the data is wrong.
     """
     space = SearchSpace(options, pins, ties)
+    refine = None if refine is False else refine
     if data is None and (refine is not None or holdout is not None):
         raise ValueError("refine and holdout measure the model: load it and give data")
     if refine is not None:
@@ -103,9 +104,9 @@ def search(  # noqa: PLR0917 - the order is public
     return replace(plan, measured=report.measured)
 
 
-def _asked_of_refine(refine: float | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _asked_of_refine(refine: float | bool | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the refinement: those given, with the task and quantiser of the search."""
-    asked = dict(refine) if isinstance(refine, Mapping) else {"evaluations": refine}
+    asked = dict(refine) if isinstance(refine, Mapping) else {} if refine is True else {"evaluations": refine}
     return {name: settings[name] for name in ("task", "quantizer") if name in settings} | asked
 
 

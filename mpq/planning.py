@@ -341,6 +341,8 @@ def _asked(solution: Solution) -> dict[str, Any]:
         asked["objective"] = solution.objective
     if solution.problem.norm != 1:
         asked["norm"] = "max" if solution.problem.norm == math.inf else solution.problem.norm
+    if solution.problem.max_formats is not None:
+        asked["max_formats"] = solution.problem.max_formats
     if solution.robust is not None:
         found = solution.robust
         asked["robust"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -43,8 +44,9 @@ _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass; 0.05 w
 )
 @model_options
 @click.argument("table", shell_complete=completers.among((), files=".parquet"))
-@budget_option("What every plan keeps: size=18%.")
+@budget_option("What every plan keeps: size=18%; with --start that plan's own by default.", required=False)
 @pin_option
+@click.option("--start", metavar="PLAN.json", help="Go on from this plan of the table rather than from its best.")
 @click.option("--evaluations", type=click.FloatRange(min=1), help="Measurements of the whole data; 200 by default.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="No measurement is begun later.")
 @click.option(
@@ -84,15 +86,23 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     mpq search demo --budget "size=3 bits" --table table.parquet
     mpq refine demo table.parquet --budget "size=3 bits" --cache measured --output plan.json
     mpq refine demo table.parquet --budget "size=3 bits" --evaluations 50 --front size
+    mpq refine demo table.parquet --start plan.json --seed 1
     mpq refine demo table.parquet --budget "size=3 bits" --quantizer gptq --metric agreement
     mpq refine demo table.parquet --budget "size=3 bits" --storage shared.log    in each of several terminals
     """  # noqa: D301 - click wants the character itself
+    from mpq.plan import Plan
     from mpq.tables import CostTable
 
     check_output("--output", given["output"])
     if given["study"] is not None and given["storage"] is None:
         raise ValueError(f"--study {given['study']} is the name of a search in a storage: give --storage PATH")
     asked, pinned, loaded = name_value_pairs("budget", budgets), name_value_pairs("pin", pins), CostTable.load(table)
+    if not asked and given["start"] is None:
+        raise ValueError(
+            "what plans must keep has to be given: --budget size=18%, or --start with a plan that has budgets"
+        )
+    if given["front"] is not None:
+        loaded.quantity(given["front"])  # before anything long starts
     source = source_of(model, given)
     quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
     from mpq.refinement import refine as refine_table
@@ -100,7 +110,8 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     how = {name: given[name] for name in ("evaluations", "seconds", "seed", "level", "cache", "storage")}
     how |= {"task": source.task, "quantizer": quantizer, "metric": _metric(given["metric"]), "pins": pinned}
     study = {"study": given["study"]} if given["study"] is not None else {}
-    found = refine_table(source.model, source.data, loaded, asked, holdout=source.holdout, **how, **study)
+    start = loaded if given["start"] is None else replace(Plan.load(given["start"]), table=loaded)
+    found = refine_table(source.model, source.data, start, asked or None, holdout=source.holdout, **how, **study)
     written = [given["output"]] if given["output"] is not None else []
     for path in written:
         found.plan.save(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpq.budgets import format_quantity
 from mpq.evaluator import Evaluator, Measurement
 from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
@@ -18,7 +19,9 @@ from mpq.options import Option
 from mpq.paired_test import PairedTest, paired_test
 from mpq.plan import AskedBudget, Plan
 from mpq.planning import choices_of
+from mpq.problem import AllocationProblem
 from mpq.shared_evaluator import SharedEvaluator
+from mpq.suggestions import did_you_mean
 from mpq.table_problem import build_problem
 from mpq.tables import CostTable
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from mpq.quantizer import Quantizer
     from mpq.tasks import LossFunction, Task
 
+_SURE = 0.95  # a p value above it says that the other one is better
 EVALUATIONS = 200  # of the whole data, where neither a number nor a time is asked for
 
 
@@ -99,7 +103,11 @@ class Refinement:
         what = self.evaluator.provenance["measured"]
         found = "no better plan was confirmed"
         if self.is_improved and self.history:
-            found = f"a plan was found that is better on fresh samples too (p = {self.history[-1].p_value:.2g})"
+            found = "a plan was found that was better on samples it was not chosen by, too"
+            found += f" (p = {self.history[-1].p_value:.2g} when it was tested)"
+            if self.heldout is not None and self.heldout.best >= self.heldout.start:
+                how = "WORSE" if self.heldout.test.p_value > _SURE else "no better"
+                found += f", but is {how} on the held-out data"
         lines = [
             f"{found}: {self.evaluations:.1f} evaluations, {len(self.evaluator.measured)} plans; {self.stopped}",
             f"  {what}, selection data: {self.selection}",
@@ -184,9 +192,12 @@ def refine(
         >>> found.selection.best <= found.selection.start, found.plan.value_bytes <= 4 * 56 / 8
         (True, True)
     """
+    asked = _settings(settings)
     table, limits, start = _asked(plan_or_table, budgets, pins)
     labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
     problem = build_problem(table, limits, "sensitivity", labels, {})
+    if start is not None and isinstance(plan_or_table, Plan):
+        problem = _as_solved(problem, plan_or_table, start)
     if evaluator is None:
         most = EVALUATIONS if evaluations is None and seconds is None else evaluations
         how: dict[str, Any] = {"task": task, "quantizer": quantizer, "metric": metric}
@@ -198,8 +209,8 @@ def refine(
     if start is None:
         start = import_module("mpq.solvers").solve(problem, "auto").choices
     if not problem.is_feasible(start):
-        raise ValueError(f"the plan to refine does not keep the budgets: {problem.violations(start) or 'pins, ties'}")
-    rng, asked = np.random.default_rng(seed), Settings(**settings)
+        raise ValueError(_infeasible(table, problem.violations(start)))
+    rng = np.random.default_rng(seed)
     levels, index = None, np.asarray(table.layer_index)
     if table.granularity != "layer" and LayerLevels.fit(problem, index):
         names = tuple(layer.name for layer in table.layers)
@@ -209,7 +220,45 @@ def refine(
         search = MeasuredSearch(evaluator, problem, asked, rng)
     best, stopped = search.run(start if levels is None else levels.middle)
     best = best if levels is None else levels.expanded(best)
-    return _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, quantizer, stopped))
+    found = _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, stopped))
+    return replace(found, plan=_as_asked(found.plan, plan_or_table)) if isinstance(plan_or_table, Plan) else found
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """The settings of the search.
+
+    Raises:
+        TypeError: for a name that is none of them.
+    """
+    known = [one.name for one in fields(Settings)]
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, [*known, "evaluations", "seconds", "seed", "storage", "holdout", "metric"])
+            raise TypeError(f"refine has no setting {name!r}{hint}")
+    return Settings(**given)
+
+
+def _as_solved(problem: AllocationProblem, plan: Plan, start: NDArray[np.int64]) -> AllocationProblem:
+    """The problem with what the plan was solved under: what was pinned or set by hand stays, and so few formats."""
+    if plan.edited and plan.table is not None:
+        layers, index = plan.table.layers, plan.table.layer_index
+        names = np.array([layer.name in plan.edited for layer in layers])[index]
+        others = names[:, None] & (np.arange(problem.objective.shape[1]) != start[:, None])
+        problem = replace(problem, objective=np.where(others, np.inf, problem.objective))
+    return replace(problem, max_formats=plan.provenance.get("max_formats"))
+
+
+def _as_asked(refined: Plan, given: Plan) -> Plan:
+    """The refined plan with what was asked of the one given."""
+    asked = {name: given.provenance[name] for name in ("max_formats",) if name in given.provenance}
+    return replace(refined, edited=given.edited, provenance={**refined.provenance, **asked})
+
+
+def _infeasible(table: CostTable, violations: Mapping[str, float]) -> str:
+    """Why a plan cannot be refined."""
+    over = [f"{name} by {format_quantity(excess, table.measures.get(name, ''))}" for name, excess in violations.items()]
+    what = f"exceeds {', '.join(over)}" if over else "does not keep ties, or the number of formats it was solved with"
+    return f"the plan to refine {what}: pass its table, `plan.table`, and the budgets to start from their best plan"
 
 
 def _asked(
@@ -221,7 +270,15 @@ def _asked(
             raise ValueError("budgets must be given with a table: without them the finest plan is the best")
         return given, apply_budgets(given, budgets), None
     if given.table is None:
-        raise ValueError("the plan must have its table, which is not saved with it: pass the table and the budgets")
+        raise ValueError(
+            "the plan must have its table, which is not saved with it: pass the table and the budgets to start from "
+            "their best plan, or dataclasses.replace(plan, table=mpq.CostTable.load(...)) to start from this one"
+        )
+    if any(entry.input_range is not None for entry in given.entries):
+        raise ValueError(
+            "the plan has static input ranges, which hold for its own formats: refine it before "
+            "mpq.activation_ranges.calibrate_ranges, and calibrate what comes out"
+        )
     table = given.table
     start = None if pins else choices_of(table, given)
     if budgets is not None:
@@ -236,19 +293,18 @@ def _result(
     search: MeasuredSearch,
     plans: tuple[NDArray[np.int64], NDArray[np.int64]],
     limits: tuple[Limit, ...],
-    rest: tuple[Any, Any, str],
+    rest: tuple[Any, str],
 ) -> Refinement:
     """The refinement, with both plans measured on all the data and on the held-out data, whatever that costs."""
-    holdout, quantizer, stopped = rest
+    holdout, stopped = rest
     spent = evaluator.spent
     best, start = (_whole(evaluator, choices) for choices in plans)
     if best.divergence > start.divergence:
         plans, best = (plans[1], plans[1]), start
     heldout = None
     if holdout is not None:
-        judge = Evaluator(
-            evaluator.model, holdout, evaluator.table, task=evaluator.task, quantizer=quantizer, metric=evaluator.metric
-        )
+        same: dict[str, Any] = {"task": evaluator.task, "quantizer": evaluator.quantizer, "metric": evaluator.metric}
+        judge = Evaluator(evaluator.model, holdout, evaluator.table, **same)
         heldout = Compared.of(*(judge.measure(choices).per_sample for choices in plans))
     cut = search.fresh_from
     table = evaluator.table

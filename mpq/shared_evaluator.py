@@ -8,7 +8,6 @@ import random
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +20,7 @@ from mpq.studies import Measured, Proposal, SharedStudy, open_study, quiet
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpq.batches import Batch
     from mpq.plan import Plan
-    from mpq.quantizer import Quantizer
     from mpq.tables import CostTable
 
 POLL_SECONDS = 0.05  # between looks at the storage while another worker measures what is needed
@@ -69,14 +66,10 @@ class SharedEvaluator(Evaluator):
         with quiet():
             from optuna.samplers import RandomSampler
 
-            opened = open_study(storage, study, 1, self._described, RandomSampler(seed=0))
+            opened = open_study(storage, study, 1, self.fingerprint, RandomSampler(seed=0))
         self.study = SharedStudy(opened, stale)
         self._read: set[int] = set()
         self._found: dict[tuple[str, int], tuple[int, NDArray[np.float64]]] = {}
-
-    def _folder(self, cache: str | Path | None, batches: list[Batch], quantizer: Quantizer | None) -> Path | None:
-        self._described = self._fingerprint(batches, quantizer)
-        return super()._folder(cache, batches, quantizer)
 
     def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> Measurement:
         """As `Evaluator.measure`, by whoever is first."""

@@ -281,7 +281,10 @@ def _storage(storage: Any) -> Any:
         folder = Path(storage).resolve().parent
         if not folder.is_dir():
             raise ValueError(f"storage={str(storage)!r} cannot be written: the folder {str(folder)!r} does not exist")
-        return JournalStorage(JournalFileBackend(str(storage)))
+        try:
+            return JournalStorage(JournalFileBackend(str(storage)))
+        except (ValueError, KeyError, TypeError) as error:  # what its lines of JSON are not
+            raise ValueError(f"storage={str(storage)!r} is a file, but no journal of studies: name another") from error
     return storage
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,10 @@ from torch.nn import functional
 from mpq.batches import Batch, batch_size, call, model_inputs, split_batch, tensors_of
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
+_ONE_A_BATCH = (
+    "the loss returns one number a batch, which counts for each of its samples: intervals and tests will be too sure "
+    "of themselves; return one number a sample (reduction='none')"
+)
 IGNORED = -100  # the label that cross entropy leaves out
 _AT_ONCE = 2**17  # probabilities: what is made of them stays in a CPU's cache
 
@@ -188,6 +193,8 @@ class CustomLoss:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"a loss must be a tensor of one number, or of one a sample ({samples},), got {shape}")
         if value.numel() == 1:
+            if samples > 1:
+                warnings.warn(_ONE_A_BATCH, stacklevel=1)  # of this line: said once
             value = value.reshape(()).expand(samples)
         return Outputs(value.reshape(-1, 1))
 

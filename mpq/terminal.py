@@ -130,6 +130,9 @@ def _made_with(plan: Plan) -> Iterable[str]:
         quantizer = plan.provenance.get("quantizer", "RoundToNearest").partition("(")[0]
         by = "" if quantizer == "RoundToNearest" else f", quantised by {quantizer}"
         yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{by}{why}"
+    if refined := plan.provenance.get("refined"):
+        gain = f"{refined['measured']} {refined['start']:.4g} -> {refined['selection']:.4g}"
+        yield f"refined by measurement: {gain} on the {refined['samples']} samples that chose it"
     if plan.help:
         yield f"done after the formats were chosen: {', '.join(plan.help)}"
 

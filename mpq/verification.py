@@ -71,7 +71,8 @@ def verify(
         baselines: names out of "uniform", "protected", "smallest", "sorted", "shuffled", "random"
             (`mpq.baseline_plans`), "all", or "auto": in this order as many as `AFFORDABLE_MACS` allow, counted and not
             timed, so that the same input measures the same; with what making the adjustment takes, where `adjust` has
-            a method `macs(plan)`. Uniform precisions are always affordable. The report says what was skipped.
+            a method `macs(plan)`. Uniform precisions are always affordable. The report says what was skipped. Static
+            input ranges of the plan are the baselines' too, where a layer's input has the plan's format.
         metric: your own `metric(model, batch)`, one number or one a sample, averaged over samples and reported.
         device: `device(model, plan)` that measures what the plan costs where it runs, {quantity: base units}. Without
             one latency and energy are only predicted.
@@ -183,7 +184,8 @@ class _Planner:
 
     def plans(self, maker: BaselinePlans, name: str) -> list[Plan]:
         bare = Plan(entries=(), fingerprint=self.plan.fingerprint, outside=self.plan.outside)
-        return [replace(bare, entries=entries_of(maker.table, choices)) for choices in maker.choices(name)]
+        plans = [replace(bare, entries=entries_of(maker.table, choices)) for choices in maker.choices(name)]
+        return [_with_ranges(one, self.plan) for one in plans]
 
 
 def _drawn(
@@ -209,6 +211,20 @@ def _drawn(
     return {_row_name(name): plans for name, plans in found.items()}, skipped
 
 
+def _with_ranges(candidate: Plan, plan: Plan) -> Plan:
+    """A candidate with the plan's static input ranges, where a layer's input has the plan's format."""
+    known = {entry.layer.name: entry for entry in plan.entries if entry.input_range is not None}
+    if not known:
+        return candidate
+    entries = [
+        replace(entry, input_range=known[entry.layer.name].input_range)
+        if entry.layer.name in known and known[entry.layer.name].activation == entry.activation
+        else entry
+        for entry in candidate.entries
+    ]
+    return replace(candidate, entries=tuple(entries))
+
+
 def _row_name(name: str) -> str:
     titles = {"protected": "ends protected", "smallest": "small first", "sorted": "sorted by score"}
     return titles.get(name, f"{name} (of {DRAWS[name]})")
@@ -217,7 +233,8 @@ def _row_name(name: str) -> str:
 def _median(rows: list[Measured]) -> Measured:
     """The row with the median divergence, the lower one of two, with what all of them came to."""
     tries = tuple(pair for row in rows for pair in row.tries)
-    return replace(sorted(rows, key=lambda row: row.divergence)[(len(rows) - 1) // 2], tries=tries)
+    ranked = sorted(rows, key=lambda row: np.nan_to_num(row.divergence, nan=np.inf))
+    return replace(ranked[(len(rows) - 1) // 2], tries=tries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +277,8 @@ class _Judge:
 
     def row(self, name: str, candidate: Plan) -> Measured:
         """The figures of the model under a plan; a plan that was measured before is not run again."""
-        key, costs = tuple(_key(entry.choice) for entry in candidate.entries), self._prediction(candidate)
+        key = tuple((_key(entry.choice), entry.input_range) for entry in candidate.entries)
+        costs = self._prediction(candidate)
         if key not in self.known:
             figures, steps = self._under(candidate)
             measured = Measured(

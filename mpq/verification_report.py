@@ -143,7 +143,7 @@ class Verification:
     def uniform(self) -> Measured | None:
         """The best uniform precision that keeps the plan's budgets, or None if none does."""
         fitting = [row for row in self.baselines if row.name.startswith("uniform")]
-        return min(fitting, key=lambda row: row.divergence, default=None)
+        return min(fitting, key=lambda row: np.nan_to_num(row.divergence, nan=np.inf), default=None)
 
     @property
     def measured(self) -> dict[str, float]:
@@ -177,14 +177,17 @@ class Verification:
         Better means better than every baseline, each paired 95 % interval of the difference below 0: no correction for
         their number is needed. Worse means worse than one of them, at 95 % over all of them (Bonferroni).
         """
-        if (reason := self._not_comparable) is not None:
+        if (reason := self._not_finite or self._not_comparable) is not None:
             return reason
-        rivals = self.baselines
+        rivals = tuple(row for row in self.baselines if math.isfinite(row.divergence))
+        if not rivals:
+            return "The plan is better than every baseline at the same budget: their outputs are not finite."
         measured = " that were measured" if self.skipped else ""
         strict = {row.name: self.difference(row, level=1 - (1 - LEVEL) / len(rivals)) for row in rivals}
         worse = max(rivals, key=lambda row: strict[row.name].low)
         if strict[worse.name].low > 0:
-            return f"The plan is WORSE than {worse.name} at the same budget{self._figures(worse, strict[worse.name])}."
+            figures = self._figures(worse, strict[worse.name], len(rivals))
+            return f"The plan is WORSE than {worse.name} at the same budget{figures}."
         usual = {row.name: self.difference(row) for row in rivals}
         unbeaten = [row for row in rivals if usual[row.name].high >= 0]
         if not unbeaten:
@@ -194,8 +197,17 @@ class Verification:
             return f"The plan is better than {best.name}{rank} at the same budget{figures}."
         nearest = min(unbeaten, key=lambda row: row.divergence)
         alike = "it does what {} does" if np.array_equal(nearest.per_sample, self.plan.per_sample) else _EQUAL
-        figures = self._figures(nearest, usual[nearest.name])
+        figures = self._figures(nearest, strict[nearest.name], len(rivals))
         return f"The plan did not earn its complexity: {alike.format(nearest.name)}{figures}."
+
+    @property
+    def _not_finite(self) -> str | None:
+        full = next(row for row in self.rows if row.name == FULL_PRECISION)
+        if not math.isfinite(full.divergence):
+            return "Full precision's own outputs are not finite on this data: nothing can be compared with them."
+        if not math.isfinite(self.plan.divergence):
+            return "The plan is of NO USE: the model's outputs under it are not finite on this data."
+        return None
 
     @property
     def _not_comparable(self) -> str | None:
@@ -212,10 +224,12 @@ class Verification:
             return f"One sample cannot tell the plan from {self.baselines[0].name}: measure on more data."
         return None
 
-    def _figures(self, row: Measured, difference: Estimate) -> str:
+    def _figures(self, row: Measured, difference: Estimate, rivals: int = 1) -> str:
+        """What a sentence rests on; with several rivals the interval holds for all of them together."""
         figures = f"{self.divergence_name} {self.plan.divergence:.3g} against {row.divergence:.3g}"
         ends = f"{difference.low:.2g} to {difference.high:.2g}"
-        return f" ({figures}; paired difference {difference.value:.2g}, {LEVEL:.0%} interval {ends})"
+        over = f" over all {rivals}" if rivals > 1 else ""
+        return f" ({figures}; paired difference {difference.value:.2g}, {LEVEL:.0%} interval{over} {ends})"
 
     @property
     def plan_lines(self) -> list[str]:
@@ -239,6 +253,10 @@ class Verification:
         if self.adjustments:
             own = "made for the formats of each"
             lines.append(f"after quantising, plan and baselines alike: {', '.join(self.adjustments)}, {own}")
+            bare = next((row for row in self.rows if row.name == UNADJUSTED), None)
+            if bare is not None and self.difference(bare).low > 0:
+                worse = self._figures(bare, self.difference(bare))
+                lines.append(f"the plan is WORSE with that than without it{worse}: leave it out")
         if (found := self.rank_correlation) is not None:
             lines.append(f"predicted and measured rank {found[1]} plans alike with Spearman's ρ = {found[0]:.2f}")
         by_reason: dict[str, list[str]] = {}

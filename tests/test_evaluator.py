@@ -11,7 +11,7 @@ from small_models import cnn, decoder, images, tokens
 
 import mpq
 from mpq.drops import drop_of
-from mpq.evaluator import Evaluator, Exhausted
+from mpq.evaluator import Evaluator, Exhausted, Measurement
 from mpq.fake_quantize import fake_quantize
 from mpq.formats import parse
 from mpq.plan_keys import key_of
@@ -233,6 +233,17 @@ def test_frontier_of_plans_measured_on_a_part(table):
         evaluator.frontier("size", 65)
 
 
+def test_plans_without_a_number_are_on_no_frontier(table, monkeypatch):
+    evaluator = Evaluator(cnn(), images(4, 16), table)
+    coarse, fine = (np.full(len(table.units), option) for option in (0, 2))
+    evaluator.measure(fine)
+    evaluator.measured[key_of(coarse)] = Measurement.of(np.full(64, np.nan))
+    assert len(evaluator.frontier("size")) == 1
+    evaluator.measured.pop(key_of(fine))
+    with pytest.raises(ValueError, match="no plan was measured on all the data"):
+        evaluator.frontier("size")
+
+
 def test_frontier_is_what_no_other_beats(table):
     evaluator = Evaluator(cnn(), images(4, 8), table)
     tried = plans(table, 30)
@@ -301,7 +312,9 @@ def test_refusals(table):
     by_hand = mpq.CostTable(units=["a"], options=["int4"], quantities={"sensitivity": [[1.0]]})
     with pytest.raises(ValueError, match="must have layers"):
         Evaluator(cnn(), images(), by_hand)
-    with pytest.raises(ValueError, match="evaluations must be positive"):
+    with pytest.raises(ValueError, match="choices must be"):
+        Evaluator(cnn(), images(), table).measure(np.full(len(table.units), 0.7))
+    with pytest.raises(ValueError, match="evaluations must be a positive number, got 0"):
         Evaluator(cnn(), images(), table, evaluations=0)
     evaluator = Evaluator(cnn(), images(), table)
     for wrong in ([0], [9] * len(table.units), [-1] * len(table.units)):

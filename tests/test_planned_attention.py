@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import mpq
-from mpq.attention_operators import attention_operators
+from mpq.attention_operators import OPERATORS, attention_operators
 from mpq.exporting import refusal, targets
 from mpq.fake_quantize import fake_quantize
 from mpq.hardware_models import available, compose, load
@@ -66,7 +66,7 @@ class SpelledOut(Attend):
 
 
 def attend_by_hand(module, x, formats):
-    """Head by head and position by position; formats of "scores", "mixing" and "cache", or none."""
+    """Head by head and position by position; formats of operators, or none."""
     q, k, v = module.split(x)
     if "cache" in formats:
         k, v = fake_quantize(k, formats["cache"]), fake_quantize(v, formats["cache"])
@@ -78,8 +78,8 @@ def attend_by_hand(module, x, formats):
     for b, h, i in itertools.product(range(len(x)), range(HEADS), range(x.shape[1])):
         seen = torch.stack([q[b, h, i] @ k[b, h // 2, j] for j in range(i + 1)]) / WIDTH**0.5
         weights[b, h, i, : i + 1] = seen.softmax(0)
-    if "mixing" in formats:
-        weights = fake_quantize(weights, formats["mixing"])
+    if read := formats.get("softmax", formats.get("mixing")):
+        weights = fake_quantize(weights, read)
     mixed = torch.einsum("bhij,bhjd->bihd", weights, v.repeat_interleave(2, 1))
     return module.o(mixed.flatten(2))
 
@@ -114,7 +114,8 @@ def network():
 
 def test_operators_of_the_trace(network):
     found = {each.name: each for each in attention_operators(network)}
-    assert list(found) == [f"{at}:{kind}" for at in ("first", "second") for kind in ("scores", "mixing", "cache")]
+    assert list(found) == [f"{at}:{kind}" for at in ("first", "second") for kind in OPERATORS]
+    assert list(OPERATORS) == ["scores", "mixing", "cache", "softmax"]
     assert found["first:scores"].macs == BATCH * HEADS * POSITIONS * POSITIONS * WIDTH
     assert found["first:mixing"].macs == BATCH * HEADS * POSITIONS * POSITIONS * VALUE_WIDTH
     assert found["first:cache"].input_elements == BATCH * POSITIONS * KV_HEADS * (WIDTH + VALUE_WIDTH)
@@ -122,7 +123,30 @@ def test_operators_of_the_trace(network):
     assert found["first:scores"].input_elements == queries + keys
     values = BATCH * POSITIONS * KV_HEADS * VALUE_WIDTH
     assert found["first:mixing"].input_elements == BATCH * HEADS * POSITIONS * POSITIONS + values
+    assert found["first:softmax"].input_elements == BATCH * HEADS * POSITIONS * POSITIONS
+    assert found["first:softmax"].macs == 0
     assert all(each.parameters == 0 and each.module is None for each in found.values())
+
+
+def test_the_softmax_may_have_a_logarithmic_format_of_its_own(network):
+    model, data = Toy(), batches()
+    options = {"*": ["int8"], "*:mixing": ["-/int8"], "*:softmax": ["-/ulog4", "-/ulogsqrt4", "-/uint4"]}
+    plan = mpq.search(model, data, options, {"size": "100%"}, sensitivity="kl", progress=False)
+    assert {plan.options[f"{at}:softmax"] for at in ("first", "second")} <= {"-/ulog4", "-/ulogsqrt4", "-/uint4"}
+    for kept in ("-/ulog4", "-/fp32"):
+        fixed = replace(
+            plan, entries=tuple(each for each in plan.entries if each.layer.name not in ("second:softmax",))
+        )
+        fixed = fixed.with_options({"first:softmax": kept})
+        formats = {("first", "mixing"): "int8@tensor", ("second", "mixing"): "int8@tensor"}
+        formats["first", "softmax"] = "ulog4@tensor" if kept == "-/ulog4" else "fp32"
+        with mpq.quantized(model, fixed), torch.no_grad():
+            found = model(data[0][0])
+        layers = {each.layer.name: "int8" for each in fixed.entries if ":" not in each.layer.name}
+        by_hand = replace(fixed, entries=tuple(each for each in fixed.entries if each.layer.name in layers))
+        with mpq.quantized(model, by_hand), torch.no_grad():
+            expected = run_by_hand(model, data[0][0], formats)
+        assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
@@ -488,7 +512,7 @@ class Twice(nn.Module):
 def test_a_module_that_runs_twice_is_one_operator_even_where_it_is_fused():
     model, data = Twice().eval(), batches(1)
     network = mpq.trace(model, data[0][0])
-    (scores, _, cache) = attention_operators(network)
+    (scores, _, cache, _) = attention_operators(network)
     assert cache.calls == 2
     assert cache.input_elements == 2 * 2 * BATCH * POSITIONS * 8
     space = SearchSpace({"*": ["int8"], "*:cache": ["-/int2", "-/int8"]})

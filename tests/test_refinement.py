@@ -17,7 +17,7 @@ from mpq.learned_scores import LearnedScores
 from mpq.measured_search import MeasuredSearch, Settings
 from mpq.paired_test import paired_test, student_quantile, student_tail
 from mpq.plan_keys import choices_of_key, key_of
-from mpq.refinement import refine
+from mpq.refinement import Compared, refine
 from mpq.shrunk_errors import errors_of
 from mpq.tasks import Distribution
 
@@ -343,10 +343,80 @@ def test_plan_brings_its_table_and_budgets(table):
         refine(cnn(), DATA, replace(plan, table=None))
     with pytest.raises(ValueError, match="budgets must be given"):
         refine(cnn(), DATA, table)
-    with pytest.raises(ValueError, match="does not keep the budgets"):
+    with pytest.raises(ValueError, match="exceeds value_size by 19 B: pass its table"):
         refine(cnn(), DATA, plan, {"size": "2.2 bits values"})
     pinned = refine(cnn(), DATA, plan, pins={"head": "int8"}, evaluations=8, **QUICK)
     assert pinned.plan.options["head"] == "int8"
+
+
+def test_what_the_plan_was_solved_under_holds_for_the_refined_one(table):
+    free = refine(cnn(), DATA, table.solve(BUDGET), evaluations=12, seed=1, **QUICK)
+    assert free.is_improved
+    moved = next(name for name in free.plan.options if free.plan.options[name] != free.start.options[name])
+    plan = table.solve(BUDGET, pins={moved: free.start.options[moved]})
+    pinned = refine(cnn(), DATA, plan, evaluations=12, seed=1, **QUICK)
+    assert pinned.plan.options[moved] == free.start.options[moved]
+    assert pinned.plan.edited == (moved,)
+    few = refine(cnn(), DATA, table.solve(BUDGET, max_formats=2), evaluations=12, seed=1, **QUICK)
+    assert len(set(few.plan.options.values())) <= 2
+    assert few.plan.provenance["max_formats"] == 2
+    again = refine(cnn(), DATA, few.plan, evaluations=8, **QUICK)
+    assert len(set(again.plan.options.values())) <= 2
+
+
+def test_plans_with_static_ranges_are_refused():
+    space = mpq.SearchSpace(["int4/int8", "int8/int8"], ties=None)
+    plan = mpq.search(cnn(), DATA, space.options, {"size": "5 bits values"}, sensitivity="weight_error", progress=False)
+    static = mpq.activation_ranges.calibrate_ranges(cnn(), DATA, plan)
+    with pytest.raises(ValueError, match="static input ranges.* calibrate what comes out"):
+        refine(cnn(), DATA, static, evaluations=4)
+
+
+def test_held_out_data_is_judged_with_the_evaluators_quantizer(table):
+    class Coarse(mpq.quantizer.RoundToNearest):
+        def __call__(self, rows, fmt, layer):
+            return super().__call__(rows, fmt, layer) * 0.9
+
+    evaluator = Evaluator(cnn(), DATA, table, quantizer=Coarse(), evaluations=6)
+    found = refine(cnn(), None, table, BUDGET, evaluator=evaluator, holdout=DATA, **QUICK)
+    assert found.heldout.best == pytest.approx(found.selection.best)
+    assert found.heldout.best != pytest.approx(Evaluator(cnn(), DATA, table).measure(found.plan).divergence)
+
+
+def test_data_that_cannot_be_split_is_refused(table):
+    with pytest.raises(ValueError, match="parts that are measured apart.* give more samples"):
+        refine(cnn(), images(1, 1), table, BUDGET, evaluations=4)
+    with pytest.raises(ValueError, match="more batches"):
+        refine(cnn(), images(1, 16), table, BUDGET, evaluations=4, task=lambda model, batch: model(batch[0]).sum(1))
+
+
+def test_plans_whose_outputs_are_no_numbers_are_left_behind():
+    scores = truth_of(seed=3)
+    start = mpq.solvers.solve(problem_of(truth_of(seed=4))).choices
+    loss = additive(scores)
+    broken = [(place, option) for place in range(3) for option in (0, 1) if start[place] != option]
+
+    def sometimes_nothing(choices):
+        return math.nan if any(choices[place] == option for place, option in broken) else loss(choices)
+
+    evaluator = Fake(sometimes_nothing, evaluations=60)
+    search = search_of(evaluator, problem_of(truth_of(seed=4)), patience=3, offspring=8)
+    best, _ = search.run(start)
+    assert any(math.isnan(found.divergence) for found in evaluator.measured.values())
+    assert loss(best) < 0.9 * loss(start)
+    assert not math.isnan(sometimes_nothing(best))
+    with pytest.raises(ValueError, match="start plan's outputs must be finite"):
+        search_of(Fake(lambda choices: math.nan), problem_of(scores)).run(start)
+
+
+def test_the_headline_says_when_held_out_data_disagree(table):
+    found = refine(cnn(), DATA, table, BUDGET, holdout=images(3, 5), evaluations=25, seed=1, **QUICK)
+    assert found.is_improved
+    for best, start, said in ((1.0, 0.5, "but is WORSE on the held-out"), (0.51, 0.5, "no better"), (0.4, 0.5, None)):
+        noise = np.linspace(-0.3, 0.3, 20)
+        heldout = Compared.of(best + noise[::-1], start + noise)
+        text = str(replace(found, heldout=heldout)).splitlines()[0]
+        assert (said in text) if said else ("held-out" not in text)
 
 
 def test_end_of_the_budget_ends_the_search(table):
@@ -397,9 +467,14 @@ def test_search_refines_when_asked():
     assert found.options == expected.plan.options
     assert found.provenance["refined"]["evaluations"] == expected.evaluations
     assert mpq.search(cnn(), DATA, LABELS, BUDGET, refine=2, **settings).provenance["refined"]["evaluations"] <= 2
+    assert "refined" not in mpq.search(cnn(), DATA, LABELS, BUDGET, refine=False, **settings).provenance
+    with pytest.raises(ValueError, match="evaluations must be a positive number, got '20'"):
+        mpq.search(cnn(), DATA, LABELS, BUDGET, refine="20", **settings)
 
 
 def test_settings_are_checked():
+    with pytest.raises(TypeError, match="refine has no setting 'ofspring': did you mean 'offspring'"):
+        refine(cnn(), DATA, None, ofspring=3)
     for wrong in ({"patience": 0}, {"level": 1.0}, {"first": 0.0}, {"draws": -1}, {"fresh": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
@@ -463,7 +538,7 @@ def replaced(table, *labels):
 
 def test_smallest_refuses():
     table = mpq.measure(cnn(), DATA, ["int4", "int8"], sensitivity="weight_error", progress=False)
-    with pytest.raises(ValueError, match="drop must be positive"):
+    with pytest.raises(ValueError, match="drop must be a positive number"):
         smallest(cnn(), DATA, table, drop=0)
     with pytest.raises(ValueError, match="evaluator measures 'divergence'"):
         smallest(cnn(), DATA, table, evaluator=Evaluator(cnn(), DATA, table))

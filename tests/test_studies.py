@@ -12,10 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from small_models import cnn, images
 from study_worker import Stand, small_table
 
+import mpq
+from mpq.evaluator import Evaluator
 from mpq.evolution import evolve
 from mpq.problem import InfeasibleError
 from mpq.solvers import pareto_frontier
@@ -186,6 +190,24 @@ def test_a_study_of_another_problem_is_refused(tmp_path):
     assert other.provenance["study"] == "other"
 
 
+def test_a_study_of_other_weights_data_or_quantizers_is_refused(tmp_path):
+    data, storage = images(2, 8), tmp_path / "study.log"
+    table = mpq.measure(cnn(), data, ["int4", "int8"], sensitivity="weight_error", progress=False)
+    evolve(Evaluator(cnn(), data, table), ["size"], storage=storage, evaluations=2)
+    evolve(Evaluator(cnn(), data, table), ["size"], storage=storage, evaluations=3)
+    other = cnn()
+    with torch.no_grad():
+        other.head.weight.mul_(2)
+    gptq = mpq.gptq.GPTQ(hessians=mpq.gptq.input_hessians(cnn(), data, table.layers))
+    for evaluator in (
+        Evaluator(other, data, table),
+        Evaluator(cnn(), [(x + 1, y) for x, y in data], table),
+        Evaluator(cnn(), data, table, quantizer=gptq),
+    ):
+        with pytest.raises(ValueError, match="study 'mpq' holds plans of another"):
+            evolve(evaluator, ["size"], storage=storage, evaluations=4)
+
+
 def test_records_a_trial_do_not_grow_with_the_layers(tmp_path):
     """A storage that many hosts share is asked five times a plan, and reads little."""
     lines = {}
@@ -274,6 +296,9 @@ def test_what_is_wrong_is_named():
         ({"sampler": "nsga"}, "there is no sampler 'nsga': did you mean 'nsga"),
         ({"evaluations": 0}, "evaluations must be at least 1"),
         ({"storage": "no/such/folder/study.log"}, "the folder .* does not exist"),
+        ({"storage": str(WORKER)}, "is a file, but no journal of studies"),
+        ({"seeds": [[9] * len(stand.table.units)]}, "option indices below"),
+        ({"seeds": [[0, 1]]}, "seeds must be"),
     ):
         with pytest.raises(ValueError, match=message):
             evolve(stand, **{"evaluations": 5, **how})

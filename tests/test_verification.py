@@ -185,6 +185,48 @@ def test_a_plan_that_a_rule_finds_as_well_did_not_earn_its_complexity():
     assert "it does what rule does" in made(NOISE, rule=NOISE, other=NOISE * 2).verdict
 
 
+def test_outputs_that_are_no_numbers_win_nothing():
+    nothing = np.full(400, np.nan)
+    assert "is of NO USE" in made(nothing, good=NOISE).verdict
+    assert "better than every baseline" in made(NOISE, bad=nothing).verdict
+    assert "better than good at" in made(NOISE, good=NOISE * 1.1, bad=nothing).verdict
+    report = made(NOISE, **{"uniform int2": nothing, "uniform int3": NOISE * 2})
+    assert report.uniform.name == "uniform int3"
+    full = replace(report.rows[0], estimates={"divergence": Estimate(math.nan, 0, 1)})
+    assert "nothing can be compared" in replace(report, rows=(full, *report.rows[1:])).verdict
+
+
+def test_the_interval_of_a_verdict_is_the_one_that_decided():
+    rng = np.random.default_rng(5)
+    found = 0
+    for _ in range(200):
+        plan = rng.exponential(size=30)
+        report = made(plan, **{f"b{i}": plan - 0.02 + 0.05 * rng.standard_normal(30) for i in range(8)})
+        if "equal within the noise" in report.verdict:
+            low, high = map(float, report.verdict.split("over all 8 ")[1].rstrip(").").split(" to "))
+            assert low <= 0 <= high
+            found += 1
+    assert found > 20
+
+
+def test_static_ranges_of_the_plan_hold_for_baselines_with_the_same_input_formats():
+    options = ["int2/int4", "int8/int4", "int4/int8"]
+    plan = search(options=options, budgets={"size": "5 bits"})
+    static = mpq.activation_ranges.calibrate_ranges(cnn(), images(), plan, "percentile80")
+    report = mpq.verify(cnn(), images(), static, baselines="all")
+    own = {entry.layer.name: entry for entry in static.entries}
+    same = 0
+    for row in report.rows[2:]:
+        for entry in row.plan.entries:
+            is_same = entry.activation == own[entry.layer.name].activation
+            assert entry.input_range == (own[entry.layer.name].input_range if is_same else None)
+            same += is_same
+    assert same > 10
+    dynamic = by_name(mpq.verify(cnn(), images(), plan, baselines="uniform"))
+    rows = by_name(report)
+    assert rows["uniform int8/int4"].divergence != pytest.approx(dynamic["uniform int8/int4"].divergence)
+
+
 def test_nobody_is_called_worse_by_chance():
     rng, called = np.random.default_rng(2), 0
     for _ in range(200):
