@@ -144,6 +144,12 @@ def test_a_format_that_names_its_range_keeps_to_it_and_others_stay_dynamic():
     assert [e.input_range and e.input_range.method for e in plan.entries] == ["mse", None, None, None]
 
 
+def test_a_plan_without_inputs_to_calibrate_stays_as_it_is():
+    model, batches = cnn(), images()
+    plan = uniform(mpq.trace(model, batches[0][0]), "int8")
+    assert calibrate_ranges(model, batches, plan) is plan
+
+
 def test_tied_weights_are_calibrated_on_the_linear_that_multiplies():
     model, batches = decoder(), tokens()
     network = mpq.trace(model, batches[0])

@@ -180,6 +180,7 @@ def test_a_better_unadjusted_plan_does_not_change_the_verdict(plan):
     found = mpq.verify(cnn(), images(), plan, adjust=ruin, baselines=())
     assert found.plan.divergence > 100 * {row.name: row for row in found.rows}[UNADJUSTED].divergence
     assert found.verdict == "The plan was not compared with any baseline."
+    assert "the plan is WORSE with that than without it" in "\n".join(found.notes)
     assert found.plan.plan.help == ("ruin",)
 
 

@@ -174,6 +174,17 @@ def test_refine_takes_quantiser_and_metric(gptq, tmp_path):
     assert found["heldout"]["best"] == pytest.approx(judge.measure(choices).divergence, rel=1e-5)
 
 
+def test_refine_goes_on_from_a_plan(gptq, tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    answer = json.loads(done("refine", MODEL, gptq["table"], *BUDGET, "--output", first, *QUICK).stdout)
+    done("refine", MODEL, gptq["table"], "--start", first, "--output", second, "--evaluations", "2")
+    refined = mpq.Plan.load(second).provenance["refined"]
+    assert refined["start"] == pytest.approx(answer["selection"]["best"], rel=1e-5)
+    assert [budget.limit for budget in mpq.Plan.load(second).budgets] == [b.limit for b in mpq.Plan.load(first).budgets]
+    shown = done("show", second).stdout
+    assert f"refined by measurement: divergence {refined['start']:.4g} -> {refined['selection']:.4g} on the" in shown
+
+
 def test_refine_shares_its_measurements(gptq, tmp_path):
     """The second run reads what the first measured and ends the same; another study and no study measure anew."""
     optuna = pytest.importorskip("optuna")
@@ -206,6 +217,8 @@ def test_refine_shares_its_measurements(gptq, tmp_path):
         (["verify", f"{FILE}:unheld", "PLAN", "--output", "out.json"], "give --holdout"),
         (["refine", MODEL, "TABLE", *BUDGET, "--metric", "accurcy"], "metric must be one of"),
         (["refine", MODEL, "TABLE", *BUDGET, "--study", "mine"], "give --storage"),
+        (["refine", MODEL, "TABLE", *BUDGET, "--front", "latenc"], "table has no quantity 'latenc'"),
+        (["refine", MODEL, "TABLE"], "--budget size=18%, or --start"),
     ],
 )
 def test_errors_are_one_line(gptq, arguments, message):

@@ -512,6 +512,18 @@ def test_smallest_plan_within_a_drop_is_that_of_the_whole_frontier(table):
     assert "sure that it is below" in str(found)
 
 
+def test_smallest_says_what_it_found_and_why_it_stopped(table):
+    data = confident()
+    through = smallest(cnn(), data, table, drop=0.05)
+    assert through.stopped == ""
+    assert str(through).startswith(f"size {through.resource:.0f} B: accuracy drop")
+    cut = smallest(cnn(), data, table, drop=0.05, evaluations=1)
+    assert cut.plan is None or "a smaller one may do" in str(cut)
+    assert cut.stopped == "the 1 evaluations are spent"
+    none = smallest(cnn(), data, replaced(table, "int2", "int3"), drop=1e-9, evaluations=1)
+    assert "the 1 evaluations are spent, before the search was through: allow more of them" in str(none)
+
+
 def test_too_few_samples_confirm_nothing(table):
     inputs, labels = confident()
     found = smallest(cnn(), (inputs[:12], labels[:12]), replaced(table, "int2", "int3"), drop=0.01)
