@@ -150,6 +150,8 @@ def smallest(
     """
     if not (isinstance(drop, Real) and drop > 0 and isinstance(level, Real) and 0 < level < 1):
         raise ValueError(f"drop must be a positive number and level between 0 and 1, got {drop!r} and {level!r}")
+    if not hasattr(table, "pareto"):
+        raise TypeError(f"table must be a CostTable, such as plan.table, got {type(table).__name__}")
     if evaluator is None:
         evaluator = Evaluator(
             model, data, table, task=task, quantizer=quantizer, metric=metric, cache=cache,

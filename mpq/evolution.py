@@ -113,6 +113,9 @@ def evolve(
         >>> front.resource.tolist(), front.objective.round(2).tolist()
         ([60.0, 70.0, 120.0], [5.5, 2.31, 0.66])
     """
+    if not hasattr(evaluator, "measure") or not hasattr(evaluator, "table"):
+        given = type(evaluator).__name__
+        raise TypeError(f"evaluator must measure plans, such as mpq.Evaluator(model, data, table), got {given}")
     names = _checked(evaluator.table, resources, objective)
     if evaluations < 1 or population < 2:
         raise ValueError(f"evaluations must be at least 1 and population 2, got {evaluations} and {population}")

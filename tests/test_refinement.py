@@ -549,6 +549,8 @@ def replaced(table, *labels):
 
 
 def test_smallest_refuses():
+    with pytest.raises(TypeError, match="table must be a CostTable, such as plan.table, got NoneType"):
+        smallest(cnn(), DATA, None)
     table = mpq.measure(cnn(), DATA, ["int4", "int8"], sensitivity="weight_error", progress=False)
     with pytest.raises(ValueError, match="drop must be a positive number"):
         smallest(cnn(), DATA, table, drop=0)

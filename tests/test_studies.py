@@ -302,6 +302,8 @@ def test_what_is_wrong_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             evolve(stand, **{"evaluations": 5, **how})
+    with pytest.raises(TypeError, match="evaluator must measure plans.*got SmallCNN"):
+        evolve(cnn())
     with pytest.raises(TypeError, match="sampler must be one of nsga2, nsga3, tpe or a sampler of Optuna"):
         evolve(stand, sampler=3)
     with pytest.raises(InfeasibleError, match="size"):
