@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mpq.formats import Float
 from mpq.quantizer import quantised_rows
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class KeptWeights:
             self._kept.move_to_end(key)
             return self._kept[key]
         made = quantised_rows(rows, fmt, layer, granularity, self.quantizer)
+        if isinstance(fmt, Float):
+            return made  # a cast is cheaper than the room it takes
         self._kept[key] = made
         self._size += made.numel() * made.element_size()
         while self._size > self.kept_bytes and len(self._kept) > 1:

@@ -305,6 +305,7 @@ def _result(
     if holdout is not None:
         same: dict[str, Any] = {"task": evaluator.task, "quantizer": evaluator.quantizer, "metric": evaluator.metric}
         judge = Evaluator(evaluator.model, holdout, evaluator.table, **same)
+        judge.weights = evaluator.weights  # of the same model, and some quantisers take long
         heldout = Compared.of(*(judge.measure(choices).per_sample for choices in plans))
     cut = search.fresh_from
     table = evaluator.table

@@ -14,6 +14,7 @@ from mpq.drops import drop_of
 from mpq.evaluator import Evaluator, Exhausted, Measurement
 from mpq.fake_quantize import fake_quantize
 from mpq.formats import parse
+from mpq.kept_weights import KeptWeights
 from mpq.plan_keys import key_of
 from mpq.quantizer import RoundToNearest
 from mpq.surgery import layer_parameters
@@ -324,3 +325,13 @@ def test_refusals(table):
         evaluator.measure(plans(table)[0], 0)
     with pytest.raises(ValueError, match="no plan was measured"):
         evaluator.frontier("size")
+
+
+def test_casts_take_no_room_from_what_is_quantised():
+    quantizer, layer = Counting(), mpq.trace(cnn(), images()[0][0]).layers[0]
+    rows = torch.randn(4, 9)
+    kept = KeptWeights(quantizer, rows.numel() * rows.element_size())
+    for _ in range(3):
+        for fmt in ("int4@channel", "fp32"):
+            kept(rows, parse(fmt).bind("weight"), layer)
+    assert quantizer.calls.count((layer.name, "int4@channel")) == 1

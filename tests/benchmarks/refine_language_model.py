@@ -22,6 +22,7 @@ import mpq
 from mpq.batches import batches_of, model_inputs
 from mpq.evaluator import Evaluator
 from mpq.gptq import GPTQ, input_hessians
+from mpq.kept_weights import KeptWeights
 from mpq.model_source import call_function, load_source
 from mpq.options import matching
 from mpq.planning import choices_of
@@ -102,6 +103,9 @@ def main(**given) -> None:
     how = {"task": source.task, "quantizer": quantizer}
     kept = {"kept_bytes": KEPT_BYTES // 5, "cache": given["folder"]}
     judges = [Evaluator(source.model, call_function(name), table, **kept, **how) for name in given["holdout"]]
+    weights = KeptWeights(quantizer or RoundToNearest(), KEPT_BYTES)
+    for judge in judges:
+        judge.weights = weights
     settings = {
         name: float(text) if "." in text else int(text) for name, text in (s.split("=") for s in given["settings"])
     }
@@ -120,6 +124,7 @@ def main(**given) -> None:
                 source.model, selection, table, evaluations=given["evaluations"], seed=seed,
                 cache=given["folder"], kept_bytes=KEPT_BYTES, **how,
             )  # fmt: skip
+            evaluator.weights = weights
             started = time.process_time()
             found = refine(source.model, None, table, budgets, seed=seed, evaluator=evaluator, **settings)
             taken, plans = time.process_time() - started, len(evaluator.measured)
