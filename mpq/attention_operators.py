@@ -91,9 +91,15 @@ def planned_operators(network: Network, patterns: Sequence[str]) -> tuple[Layer,
         return ()
     offered = attention_operators(network)
     for pattern in asked:
-        if not any(fnmatchcase(operator.name, pattern) for operator in offered):
+        if not any(_is_meant(operator, pattern) for operator in offered):
             raise ValueError(f"pattern {pattern!r} matches no operator of attention: {_there_are(network, offered)}")
-    return tuple(each for each in offered if any(fnmatchcase(each.name, pattern) for pattern in asked))
+    return tuple(each for each in offered if any(_is_meant(each, pattern) for pattern in asked))
+
+
+def _is_meant(operator: Layer, pattern: str) -> bool:
+    """Whether a pattern names an operator; the softmax, which has the values' format by itself, only in full."""
+    kind = pattern.rpartition(":")[2]
+    return fnmatchcase(operator.name, pattern) and (operator.kind != "softmax" or kind == "softmax")
 
 
 def keeps(option: Option, dtype: str) -> bool:

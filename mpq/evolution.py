@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
@@ -124,7 +125,8 @@ def evolve(
     first = _seeds(breeding, best.allocation.choices, evaluations) if seeds is None else _given(breeding, seeds)
     with quiet():
         chosen = _sampler(sampler, population, seed)
-        opened = open_study(storage, study, 1 + len(names), _fingerprint(evaluator, best.problem, names), chosen)
+        same = "" if storage is None else _fingerprint(evaluator, best.problem, names)
+        opened = open_study(storage, study, 1 + len(names), same, chosen)
         shared = SharedStudy(opened, stale)
         search = _Search(evaluator, breeding, shared, chosen, np.random.default_rng([seed, shared.counted()]))
         with shared.working():
@@ -348,9 +350,9 @@ def _frontier_genes(breeding: Any) -> NDArray[np.int16]:
 
 def _given(breeding: Any, seeds: Any) -> NDArray[np.int16]:
     layers, options = breeding.problem.objective.shape
-    choices = np.atleast_2d(np.asarray(seeds, dtype=np.int64))
-    choices = choices if choices.size else choices.reshape(0, layers)
-    is_right = choices.ndim == 2 and choices.shape[1] == layers
+    choices = np.atleast_2d(np.asarray(seeds))
+    choices = choices if choices.size else np.zeros((0, layers), dtype=np.int64)
+    is_right = choices.dtype.kind in "iu" and choices.ndim == 2 and choices.shape[1] == layers
     if not is_right or choices.min(initial=0) < 0 or choices.max(initial=0) >= options:
         raise ValueError(f"seeds must be (plans, {layers}) option indices below {options}, got {seeds!r}")
     genes: NDArray[np.int16] = breeding.repaired(breeding.genes(choices))
@@ -361,7 +363,8 @@ def _fingerprint(evaluator: Evaluates, problem: AllocationProblem, names: tuple[
     """What trials of one study have in common: genes, resources, and on what and how plans are measured."""
     digest = hashlib.sha256(repr((problem.layers, problem.options, names)).encode())
     how = repr(sorted(dict(getattr(evaluator, "provenance", {}) or {}).items()))
-    digest.update(str(getattr(evaluator, "fingerprint", "")).encode())
+    with contextlib.suppress(ValueError):  # a task or a quantiser that only its address tells from others
+        digest.update(str(getattr(evaluator, "fingerprint", "")).encode())
     digest.update(re.sub(" at 0x[0-9a-f]+", "", how).encode())  # addresses differ between workers
     digest.update(np.ascontiguousarray(problem.groups).tobytes() + problem.allowed.tobytes())
     for name in names:

@@ -203,6 +203,9 @@ class MeasuredSearch:
         if not math.isfinite(found.divergence):
             raise ValueError("the start plan's outputs must be finite to be refined, they are not: take a finer plan")
         if found.samples >= self.evaluator.samples:
+            if self.fresh_from:  # the last piece is too large to be halved: what was fresh stays so
+                self.chosen_by = self.fresh_from
+                return
             raise ValueError(
                 "data must be of parts that are measured apart, to choose a plan by one and to test it on another: "
                 "give more samples, or with a loss of your own more batches"
@@ -371,12 +374,14 @@ class MeasuredSearch:
         keys = key_of(self.incumbent), key_of(self.start)
         if min(map(self._samples_of, keys)) >= self.amount:
             new, old = (self.evaluator.measured[key].per_sample[self.fresh_from :].mean() for key in keys)
-            if new > old:
+            if not new <= old:
                 self.incumbent = self.start
 
     def _tested(self, plans: Sequence[Choices]) -> None:
         """The first plan is the rival."""
         measured = [(plan, self.evaluator.measure(plan, self.amount)) for plan in plans]
+        if not math.isfinite(measured[0][1].divergence):
+            return
         plans = [plan for plan, found in measured if math.isfinite(found.divergence)]
         old, *new = (found for _, found in measured if math.isfinite(found.divergence))
         cut, now = self.fresh_from, self.evaluator.measure(self.incumbent, self.amount)
@@ -386,7 +391,8 @@ class MeasuredSearch:
         p_values = best_of_several(fresh, old.per_sample[cut:], test=self.settings.test)
         for place in np.argsort([found.divergence for found in new], kind="stable"):
             found, is_worse = new[place], fresh[place].mean() > now.per_sample[cut:].mean()
-            if p_values[place] < self.settings.level and found.divergence < now.divergence and not is_worse:
+            is_better = not now.divergence <= found.divergence
+            if p_values[place] < self.settings.level and is_better and not is_worse:
                 self.incumbent = plans[place + 1]
                 self.history.append(Step(self.evaluator.spent, found.divergence, found.samples, float(p_values[place])))
                 return

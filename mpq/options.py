@@ -113,9 +113,9 @@ class SearchSpace:
     Args:
         options: the candidates of every layer, or a mapping from name patterns (`*`, `?`, `[...]` as in a shell) to
             candidates; a later pattern overrides an earlier one. A pattern that ends in ``:scores``, ``:mixing``,
-            ``:cache``, ``:softmax`` or ``:*`` names operators of attention (`mpq.attention_operators`), which are
-            planned only where one does; they take options without weight, such as ``-/int8``, and ``-/fp16`` to stay
-            in floats. Other patterns name layers.
+            ``:cache`` or ``:*`` names operators of attention (`mpq.attention_operators`), and so does ``:softmax``,
+            which ``:*`` leaves alone; they are planned only where one does. They take options without weight, such as
+            ``-/int8``, and ``-/fp16`` to stay in floats. Other patterns name layers.
         pins: a mapping from name patterns to the one option those layers take.
         ties: `"auto"` takes the groups the trace found (projections that runtimes fuse, convolutions whose outputs are
             added), `None` ties nothing, a list of name patterns ties all layers that match the same pattern.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ from mpq.evaluator import Evaluator, Measurement
 from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
 from mpq.measured_search import MeasuredSearch, Settings, Step
-from mpq.options import Option
+from mpq.options import Option, matching
 from mpq.paired_test import PairedTest, paired_test
 from mpq.plan import AskedBudget, Plan
 from mpq.planning import choices_of
@@ -105,7 +105,7 @@ class Refinement:
         if self.is_improved and self.history:
             found = "a plan was found that was better on samples it was not chosen by, too"
             found += f" (p = {self.history[-1].p_value:.2g} when it was tested)"
-            if self.heldout is not None and self.heldout.best >= self.heldout.start:
+            if self.heldout is not None and not self.heldout.best < self.heldout.start:
                 how = "WORSE" if self.heldout.test.p_value > _SURE else "no better"
                 found += f", but is {how} on the held-out data"
         lines = [
@@ -193,11 +193,14 @@ def refine(
         (True, True)
     """
     asked = _settings(settings)
-    table, limits, start = _asked(plan_or_table, budgets, pins)
+    table, limits, start = _asked(plan_or_table, budgets)
     labels = {pattern: str(option) for pattern, option in (pins or {}).items()}
+    names = [layer.name for layer in table.layers]
+    pinned = [name for pattern in labels for name in matching(pattern, names, "pins")]
     problem = build_problem(table, limits, "sensitivity", labels, {})
     if start is not None and isinstance(plan_or_table, Plan):
-        problem = _as_solved(problem, plan_or_table, start)
+        problem = _as_solved(problem, plan_or_table, start, pinned)
+        start = None if pinned and not problem.is_feasible(start) else start
     if evaluator is None:
         most = EVALUATIONS if evaluations is None and seconds is None else evaluations
         how: dict[str, Any] = {"task": task, "quantizer": quantizer, "metric": metric}
@@ -213,15 +216,14 @@ def refine(
     rng = np.random.default_rng(seed)
     levels, index = None, np.asarray(table.layer_index)
     if table.granularity != "layer" and LayerLevels.fit(problem, index):
-        names = tuple(layer.name for layer in table.layers)
-        levels = LayerLevels(problem, index, np.asarray(start), names=names)
+        levels = LayerLevels(problem, index, np.asarray(start), names=tuple(names))
         search = MeasuredSearch(LevelEvaluator(evaluator, levels), levels.problem, asked, rng)
     else:
         search = MeasuredSearch(evaluator, problem, asked, rng)
     best, stopped = search.run(start if levels is None else levels.middle)
     best = best if levels is None else levels.expanded(best)
     found = _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, stopped))
-    return replace(found, plan=_as_asked(found.plan, plan_or_table)) if isinstance(plan_or_table, Plan) else found
+    return replace(found, plan=_as_asked(found.plan, plan_or_table, pinned))
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
@@ -238,20 +240,30 @@ def _settings(given: Mapping[str, Any]) -> Settings:
     return Settings(**given)
 
 
-def _as_solved(problem: AllocationProblem, plan: Plan, start: NDArray[np.int64]) -> AllocationProblem:
-    """The problem with what the plan was solved under: what was pinned or set by hand stays, and so few formats."""
-    if plan.edited and plan.table is not None:
-        layers, index = plan.table.layers, plan.table.layer_index
-        names = np.array([layer.name in plan.edited for layer in layers])[index]
-        others = names[:, None] & (np.arange(problem.objective.shape[1]) != start[:, None])
+def _as_solved(
+    problem: AllocationProblem, plan: Plan, start: NDArray[np.int64], pinned: Sequence[str]
+) -> AllocationProblem:
+    """The problem with what the plan was solved under: what was pinned or set by hand stays, and so few formats.
+
+    Layers that are pinned anew are left to their pins.
+    """
+    held = [name for name in plan.edited if name not in pinned]
+    if held and plan.table is not None:
+        stays = np.array([layer.name in held for layer in plan.table.layers])[plan.table.layer_index]
+        others = stays[:, None] & (np.arange(problem.objective.shape[1]) != start[:, None])
         problem = replace(problem, objective=np.where(others, np.inf, problem.objective))
     return replace(problem, max_formats=plan.provenance.get("max_formats"))
 
 
-def _as_asked(refined: Plan, given: Plan) -> Plan:
-    """The refined plan with what was asked of the one given."""
-    asked = {name: given.provenance[name] for name in ("max_formats",) if name in given.provenance}
-    return replace(refined, edited=given.edited, provenance={**refined.provenance, **asked})
+def _as_asked(refined: Plan, given: Plan | CostTable, pinned: Sequence[str]) -> Plan:
+    """The refined plan with the pins and the number of formats that it was found under."""
+    edited, asked = given.edited if isinstance(given, Plan) else (), dict[str, Any]()
+    before = given.provenance if isinstance(given, Plan) else {}
+    if "max_formats" in before:
+        asked["max_formats"] = before["max_formats"]
+    if edited := tuple(dict.fromkeys([*edited, *pinned])):
+        asked["price_of_pins"] = before.get("price_of_pins", {})
+    return replace(refined, edited=edited, provenance={**refined.provenance, **asked})
 
 
 def _infeasible(table: CostTable, violations: Mapping[str, float]) -> str:
@@ -262,7 +274,7 @@ def _infeasible(table: CostTable, violations: Mapping[str, float]) -> str:
 
 
 def _asked(
-    given: Plan | CostTable, budgets: Mapping[str, float | str] | None, pins: Any
+    given: Plan | CostTable, budgets: Mapping[str, float | str] | None
 ) -> tuple[CostTable, tuple[Limit, ...], NDArray[np.int64] | None]:
     """The table, the budgets on it, and the plan to start from."""
     if isinstance(given, CostTable):
@@ -280,11 +292,13 @@ def _asked(
             "mpq.activation_ranges.calibrate_ranges, and calibrate what comes out"
         )
     table = given.table
-    start = None if pins else choices_of(table, given)
+    start = choices_of(table, given)
     if budgets is not None:
         return table, apply_budgets(table, budgets), start
     if not given.budgets:
         raise ValueError("the plan was made without budgets: pass some")
+    for budget in given.budgets:
+        table.quantity(budget.quantity)
     return table, tuple(Limit(b.quantity, b.limit, b.asked, b.meaning) for b in given.budgets), start
 
 
@@ -299,7 +313,7 @@ def _result(
     holdout, stopped = rest
     spent = evaluator.spent
     best, start = (_whole(evaluator, choices) for choices in plans)
-    if best.divergence > start.divergence:
+    if not best.divergence <= start.divergence:
         plans, best = (plans[1], plans[1]), start
     heldout = None
     if holdout is not None:

@@ -18,8 +18,8 @@ def sorted_blocks(table: CostTable, units: int = 64) -> CostTable:
     they come are mixed in every block; sorted ones are alike, and the blocks cost little against rows of their own. The
     permutation is a permutation of a layer's outputs, which is undone after its product, or carried into what follows.
 
-    A unit's score is the mean over the options of its score there, each relative to the mean of the option over the
-    layer's units: of all options, not of one that no unit may take. The last block of a layer has what is left.
+    A unit's score is the mean over the options it may take of its score there, each relative to the mean of the option
+    over the layer's units that may. The last block of a layer has what is left.
 
     Args:
         table: of rows or groups, with "sensitivity", without ties.
@@ -57,11 +57,13 @@ def _blocks(order: NDArray[np.int64], units: int) -> list[list[int]]:
 
 
 def _relative_scores(table: CostTable, index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(units,): mean over the options of the score relative to that of the layer's units."""
-    scores = np.where(table.allowed, table.quantity("sensitivity"), 0.0)
+    """(units,): mean over a unit's options of the score relative to that of the layer's units."""
+    scores, allowed = table.quantity("sensitivity"), table.allowed
     total: NDArray[np.float64] = np.zeros(len(scores))
-    for column in scores.T:
-        mean = np.bincount(index, np.abs(column)) / np.bincount(index)
-        total += np.divide(column, mean[index], out=np.zeros(len(column)), where=mean[index] > 0)
-    total /= scores.shape[1]
+    for column, may in zip(scores.T, allowed.T, strict=True):
+        size = np.bincount(index[may], np.abs(column[may]), minlength=index.max() + 1)
+        mean = size / np.maximum(1, np.bincount(index[may], minlength=index.max() + 1))
+        known = may & (mean[index] > 0)
+        total[known] += column[known] / mean[index[known]]
+    total /= np.maximum(1, allowed.sum(1))
     return total

@@ -266,7 +266,8 @@ def open_study(storage: Any, name: str, objectives: int, problem: str, sampler: 
     )
     if len(study.directions) != objectives or study.user_attrs.get(PROBLEM, problem) != problem:
         raise ValueError(
-            f"study {name!r} holds plans of another table, other resources or pins, or data: give study= another name"
+            f"study {name!r} holds plans of another table, model, task, quantiser or data, or other resources or pins: "
+            "give study= another name"
         )
     if PROBLEM not in study.user_attrs:
         study.set_user_attr(PROBLEM, problem)

@@ -16,8 +16,8 @@ from mpq.batches import Batch, batch_size, call, model_inputs, split_batch, tens
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 _ONE_A_BATCH = (
-    "the loss returns one number a batch, which counts for each of its samples: intervals and tests will be too sure "
-    "of themselves; return one number a sample (reduction='none')"
+    "a loss or metric returns one number a batch, which counts for each of its samples: intervals and tests will be "
+    "too sure of themselves; let it return one a sample (reduction='none')"
 )
 IGNORED = -100  # the label that cross entropy leaves out
 _AT_ONCE = 2**17  # probabilities: what is made of them stays in a CPU's cache

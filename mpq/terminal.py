@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 _SHOWN = ("sensitivity", "size", "latency", "energy", "bops")
 _FIGURE_BREAK = re.compile(r" (?=±|to )")  # where figures may fold: never before their unit
 _GAP = 2  # spaces between columns
-_VERDICTS = {"is better": "green", "is WORSE": "red", "did not earn": "yellow"}
+_VERDICTS = {
+    "is better": "green",
+    "is WORSE": "red",
+    "is of NO USE": "red",
+    "nothing can be compared": "red",
+    "did not earn": "yellow",
+}
 _NAME_WIDTH = 14  # what names of layers fold to before other columns give way
 
 
@@ -131,8 +137,9 @@ def _made_with(plan: Plan) -> Iterable[str]:
         by = "" if quantizer == "RoundToNearest" else f", quantised by {quantizer}"
         yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{by}{why}"
     if refined := plan.provenance.get("refined"):
-        gain = f"{refined['measured']} {refined['start']:.4g} -> {refined['selection']:.4g}"
-        yield f"refined by measurement: {gain} on the {refined['samples']} samples that chose it"
+        gain = f"{refined['measured']} {refined['start']:.4g} -> {refined['selection']:.4g} on the"
+        found = "nothing better was found on" if refined["selection"] == refined["start"] else gain
+        yield f"refined by measurement: {found} {refined['samples']} samples"
     if plan.help:
         yield f"done after the formats were chosen: {', '.join(plan.help)}"
 

@@ -214,15 +214,8 @@ def _drawn(
 def _with_ranges(candidate: Plan, plan: Plan) -> Plan:
     """A candidate with the plan's static input ranges, where a layer's input has the plan's format."""
     known = {entry.layer.name: entry for entry in plan.entries if entry.input_range is not None}
-    if not known:
-        return candidate
-    entries = [
-        replace(entry, input_range=known[entry.layer.name].input_range)
-        if entry.layer.name in known and known[entry.layer.name].activation == entry.activation
-        else entry
-        for entry in candidate.entries
-    ]
-    return replace(candidate, entries=tuple(entries))
+    entries = [known.get(entry.layer.name, entry).with_choice(entry.choice) for entry in candidate.entries]
+    return replace(candidate, entries=tuple(entries)) if known else candidate
 
 
 def _row_name(name: str) -> str:

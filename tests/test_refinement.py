@@ -345,6 +345,9 @@ def test_plan_brings_its_table_and_budgets(table):
         refine(cnn(), DATA, table)
     with pytest.raises(ValueError, match="exceeds value_size by 19 B: pass its table"):
         refine(cnn(), DATA, plan, {"size": "2.2 bits values"})
+    fast = replace(plan, budgets=(replace(plan.budgets[0], quantity="latency"),))
+    with pytest.raises(ValueError, match="table has no quantity 'latency'"):
+        refine(cnn(), DATA, fast)
     pinned = refine(cnn(), DATA, plan, pins={"head": "int8"}, evaluations=8, **QUICK)
     assert pinned.plan.options["head"] == "int8"
 
@@ -362,6 +365,14 @@ def test_what_the_plan_was_solved_under_holds_for_the_refined_one(table):
     assert few.plan.provenance["max_formats"] == 2
     again = refine(cnn(), DATA, few.plan, evaluations=8, **QUICK)
     assert len(set(again.plan.options.values())) <= 2
+    assert pinned.plan.provenance["price_of_pins"] == plan.provenance["price_of_pins"]
+    other = next(name for name in plan.options if name != moved)
+    more = refine(cnn(), DATA, plan, pins={other: "int4"}, evaluations=8, **QUICK)
+    assert (more.plan.options[moved], more.plan.options[other]) == (plan.options[moved], "int4")
+    assert set(more.plan.edited) == {moved, other}
+    fresh = refine(cnn(), DATA, table, BUDGET, pins={other: "int4"}, evaluations=4, **QUICK)
+    assert fresh.plan.edited == (other,)
+    assert refine(cnn(), DATA, fresh.plan, evaluations=4, **QUICK).plan.options[other] == "int4"
 
 
 def test_plans_with_static_ranges_are_refused():
@@ -390,6 +401,17 @@ def test_data_that_cannot_be_split_is_refused(table):
         refine(cnn(), images(1, 16), table, BUDGET, evaluations=4, task=lambda model, batch: model(batch[0]).sum(1))
 
 
+def test_the_last_piece_may_be_too_large_to_be_halved(table):
+    data = [
+        (torch.cat([x for x, _ in DATA])[:64], torch.zeros(64)),
+        (torch.cat([x for x, _ in DATA])[:36], torch.zeros(36)),
+    ]
+    for seed in range(4):
+        how = {"task": lambda model, batch: model(batch[0]).square().sum(1), "seed": seed, "evaluations": 12}
+        found = refine(cnn(), data, table, BUDGET, **how, **QUICK)
+        assert found.fresh.test.samples in (36, 64)
+
+
 def test_plans_whose_outputs_are_no_numbers_are_left_behind():
     scores = truth_of(seed=3)
     start = mpq.solvers.solve(problem_of(truth_of(seed=4))).choices
@@ -405,6 +427,13 @@ def test_plans_whose_outputs_are_no_numbers_are_left_behind():
     assert any(math.isnan(found.divergence) for found in evaluator.measured.values())
     assert loss(best) < 0.9 * loss(start)
     assert not math.isnan(sometimes_nothing(best))
+    late = Fake(loss, evaluations=60)  # better than the start, but for a sample that the walk does not see
+    values = late._values
+    late._values = lambda choices: np.where(
+        (np.arange(64) == 60) & (not np.array_equal(choices, start)), math.nan, values(choices)
+    )
+    best, _ = search_of(late, problem_of(truth_of(seed=4)), patience=3, offspring=8).run(start)
+    assert np.array_equal(best, start)
     with pytest.raises(ValueError, match="start plan's outputs must be finite"):
         search_of(Fake(lambda choices: math.nan), problem_of(scores)).run(start)
 
@@ -412,7 +441,12 @@ def test_plans_whose_outputs_are_no_numbers_are_left_behind():
 def test_the_headline_says_when_held_out_data_disagree(table):
     found = refine(cnn(), DATA, table, BUDGET, holdout=images(3, 5), evaluations=25, seed=1, **QUICK)
     assert found.is_improved
-    for best, start, said in ((1.0, 0.5, "but is WORSE on the held-out"), (0.51, 0.5, "no better"), (0.4, 0.5, None)):
+    for best, start, said in (
+        (math.nan, 0.5, "no better"),
+        (1.0, 0.5, "but is WORSE on the held-out"),
+        (0.51, 0.5, "no better"),
+        (0.4, 0.5, None),
+    ):
         noise = np.linspace(-0.3, 0.3, 20)
         heldout = Compared.of(best + noise[::-1], start + noise)
         text = str(replace(found, heldout=heldout)).splitlines()[0]

@@ -37,8 +37,8 @@ def test_blocks_by_a_loop_over_layers():
     wanted = []
     for layer in range(3):
         units = [unit for unit in range(18) if table.layer_index[unit] == layer]
-        scores = np.nan_to_num(table.quantity("sensitivity")[units])
-        place = (scores / scores.mean(0)).mean(1)
+        scores = table.quantity("sensitivity")[units]
+        place = np.nanmean(scores / np.nanmean(scores, 0), 1)
         ranked = [units[position] for position in np.argsort(place)]
         wanted += [tuple(ranked[first : first + 4]) for first in range(0, len(ranked), 4)]
     assert sorted_blocks(table, 4).ties == tuple(wanted)
