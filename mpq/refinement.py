@@ -155,7 +155,8 @@ def refine(
     Args:
         model: in full precision; comes back bit for bit.
         data: what is measured on: more than the search can learn by heart, some hundred samples.
-        plan_or_table: a plan with its table (`plan.table`), or the table, whose best plan is the start.
+        plan_or_table: a plan with its table (`plan.table`), or the table, whose best plan is the start. What a plan was
+            solved under holds for the result: its budgets, pins, options set by hand, number of formats.
         budgets: as for `search`; those of the plan by default.
         holdout: data the search shall not see, for the figures of the result.
         pins: name patterns and the option those layers take.
