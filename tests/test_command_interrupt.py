@@ -41,13 +41,13 @@ def kept_in(folder):
 
 
 def interrupted(folder, *arguments):
-    """Send SIGINT to a real process once two pieces are kept and the measurement goes on."""
+    """Send SIGINT to a real process once a piece is kept and the measurement goes on, for seconds more."""
     environment = {**os.environ, "PYTHONPATH": str(Path(mpq.__file__).parents[1]), "SLOW": "0.4"}
     command = [sys.executable, "-c", "from mpq.__main__ import main; main(prog_name='mpq')", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
     end = time.monotonic() + 240
-    while len(kept_in(folder / "kept")) < 2 and time.monotonic() < end and process.poll() is None:
+    while not kept_in(folder / "kept") and time.monotonic() < end and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -65,7 +65,7 @@ def test_an_interrupted_search_goes_on_with_the_command_it_names(tmp_path, monke
     typed = shlex.split(second)
     assert typed == ["mpq", *SEARCH, "--cache", "kept"]
     pieces = kept_in("kept")
-    assert len(pieces) >= 2
+    assert pieces
     Path("passes").unlink()
     again = CliRunner().invoke(main, typed[1:])
     assert again.exit_code == 0, again.output
