@@ -14,7 +14,7 @@ def sorted_blocks(table: CostTable, units: int = 64) -> CostTable:
     """The table with ties: the units of every layer, in the order of their scores, so many at a time.
 
     A kernel that reads a format a row is rare; one that reads a format a block of 64 rows is a matrix product a block
-    (MixLLM, Zheng et al. 2024, arXiv:2412.14590, puts the output features of a format together). Rows in the order
+    (MixLLM, Zheng et al. 2024, arXiv:2412.14590, the number from memory, does so globally). Rows in the order
     they come are mixed in every block; sorted ones are alike, and the blocks cost little against rows of their own. The
     permutation is a permutation of a layer's outputs, which is undone after its product, or carried into what follows.
 
