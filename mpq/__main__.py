@@ -15,17 +15,20 @@ from mpq.config_commands import completion, config
 from mpq.config_file import FILE_NAME
 from mpq.demo_commands import demo
 from mpq.device_commands import device
+from mpq.evolve_commands import evolve
 from mpq.export_commands import compare, export, import_
 from mpq.list_commands import list_
 from mpq.plan_commands import show, verify
 from mpq.refine_commands import refine
 from mpq.report_commands import report
 from mpq.search_commands import inspect, search
+from mpq.smallest_commands import smallest
 from mpq.solve_commands import pareto, solve
 from mpq.table_commands import table
 
 COMMANDS: tuple[click.Command, ...] = (
-    *(demo, inspect, search, show, verify, refine, report),
+    *(demo, inspect, search, show, verify, report),
+    *(refine, smallest, evolve),
     *(table, solve, pareto),
     *(export, import_, compare),
     *(device, list_, config, completion),
@@ -54,6 +57,8 @@ def main(context: click.Context, config_path: str | None, debug: bool) -> None:
     mpq show plan.json           the plan, layer by layer
     mpq verify demo plan.json    measured, next to what simpler rules do
     mpq refine demo table.parquet --budget size=18%
+    mpq smallest demo table.parquet --drop 1%      how small may it be?
+    mpq evolve demo table.parquet --resource size  the frontier, measured
     mpq report plan.json --table table.parquet    a page that explains the plan
     mpq table measure demo --output table.parquet
     mpq solve table.parquet --budget size=30%      without the model

@@ -13,6 +13,7 @@ import numpy as np
 from mpq.budgets import format_quantity
 from mpq.drops import Metric
 from mpq.evaluator import Evaluator, Exhausted
+from mpq.measured_loss import MeasuredLoss
 from mpq.options import Option
 from mpq.paired_test import PairedTest, paired_test
 from mpq.plan import Plan
@@ -42,6 +43,7 @@ class Smallest:
         level: of the test.
         resource_name: "size", "latency", ...
         stopped: why the search ended before it was through; empty if it was.
+        heldout: of the plan, on data the search never saw, where it was given some.
         unsure: the smallest plan whose measured drop is within the limit, confirmed or not: what more data may buy.
         history: (resource, drop, p) of every plan measured, in that order.
         evaluator: has the measurements.
@@ -58,6 +60,7 @@ class Smallest:
     evaluator: Evaluator
     resource_name: str = "size"
     stopped: str = ""
+    heldout: MeasuredLoss | None = None
 
     def __str__(self) -> str:
         name = self.evaluator.provenance["measured"]
@@ -74,7 +77,11 @@ class Smallest:
         ended = f"; {self.stopped}: a smaller one may do" if self.stopped else ""
         cost = f"{self.resource_name} {format_quantity(self.resource, measure)}"
         found = f"{name} drop {self.drop:.4g} of {self.limit:g} allowed on {self.evaluator.samples} samples"
-        return f"{cost}: {found} ({sure}; {len(self.history)} plans measured{ended})"
+        line = f"{cost}: {found} ({sure}; {len(self.history)} plans measured{ended})"
+        if self.heldout is None:
+            return line
+        judged, error = f"{self.heldout.divergence:.4g}", f"{self.heldout.standard_error:.2g}"
+        return f"{line}\n  held out: {judged} ± {error} (standard error) on {self.heldout.samples} samples"
 
 
 def smallest(
@@ -85,6 +92,7 @@ def smallest(
     resource: str = "size",
     drop: float = 0.01,
     metric: Metric = "accuracy",
+    holdout: Any = None,
     budgets: Mapping[str, float | str] | None = None,
     pins: Mapping[str, Option | str] | None = None,
     level: float = 0.05,
@@ -95,6 +103,7 @@ def smallest(
     seed: int = 0,
     cache: str | Path | None = None,
     evaluator: Evaluator | None = None,
+    progress: bool = True,
 ) -> Smallest:
     """The smallest plan that loses at most `drop`, by measurement.
 
@@ -120,6 +129,7 @@ def smallest(
         resource: the quantity to make small.
         drop: the most that may be lost on average: 0.01 is one point of accuracy.
         metric: "accuracy", "agreement", "loss", "divergence", or a function of `Outputs` that is (samples,).
+        holdout: data the search shall not see, for the drop of the result.
         budgets: what every plan must keep besides.
         pins: name patterns and the option those layers take.
         level: of the test.
@@ -130,6 +140,7 @@ def smallest(
         seed: of the order of samples.
         cache: a folder for finished measurements.
         evaluator: one to go on with; it must measure this metric.
+        progress: show a bar on a terminal.
 
     Returns:
         A `Smallest`; its plan is None where none was confirmed.
@@ -160,8 +171,11 @@ def smallest(
     elif evaluator.metric != metric:
         raise ValueError(f"the evaluator measures {evaluator.metric!r}, metric is {metric!r}: make them the same")
     front = table.pareto(resource, budgets, pins=pins, epsilon=1e-3)
-    search = _Bisection(evaluator, front, drop, level)
-    return replace(search.run(), resource_name=resource)
+    with evaluator.watched("smallest", shown=progress):
+        found = replace(_Bisection(evaluator, front, drop, level).run(), resource_name=resource)
+    if holdout is None or found.plan is None:
+        return found
+    return replace(found, heldout=evaluator.elsewhere(holdout).measure(found.plan))
 
 
 class _Bisection:

@@ -16,6 +16,14 @@ MODEL_HELP = (
     "or a transformers folder (with --data TEXT; without, only the weights of its .safetensors are read, in parts)."
 )
 RUN = ("hardware", "batch", "phase", "context", "bops", "target")
+_METRIC_HELP = (
+    "What is made small: divergence from full precision, the drop of accuracy or agreement, the rise of the loss, or "
+    "the drop of a function of (outputs), one number a sample, higher is better, such as metrics.py:margin."
+)
+_STORAGE_HELP = (
+    "Where processes share their measurements: run the same command in as many of them as you like, now or later; "
+    "they do one search together. shared.log, or sqlite:///shared.db."
+)
 _FORMS = {"budget": "NAME=LIMIT", "name": "LAYER=THEIRS", "pin": "PATTERN=OPTION", "format-cost": "OPTION=COST"}
 
 
@@ -184,8 +192,32 @@ cache_option = click.option(
     shell_complete=completers.among((), files="/"),
 )
 
+seconds_option = click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), help="No measurement is begun later."
+)
+
+study_options = together(
+    click.option(
+        "--storage", metavar="PATH|URL", help=_STORAGE_HELP, shell_complete=completers.among((), files=".log")
+    ),
+    click.option("--study", metavar="NAME", help="Name of the search in the storage; that of the command by default."),
+)
+"""Where several processes do one search together."""
+
 measure_options = together(space_options, run_options, quantizer_option, seed_option, cache_option)
 """The arguments of every command that measures a table."""
+
+
+def metric_option(default: str) -> Callable[[Command], Command]:
+    """`--metric`: what is measured of a sample."""
+    return click.option(
+        "--metric",
+        metavar="NAME|FILE.py:function",
+        default=default,
+        show_default=True,
+        help=_METRIC_HELP,
+        shell_complete=completers.metric,
+    )
 
 
 def budget_option(help_text: str, *, required: bool = True) -> Callable[[Command], Command]:
@@ -262,6 +294,24 @@ def quantizer_of(given: Mapping[str, Any], source: Any, *, scored_by: str | None
     if scored_by is not None and (theirs := scored_by.partition("(")[0]) != own:
         click.echo(f"scored by the error of {theirs}, measured with {own} here: see --quantizer", err=True)
     return found
+
+
+def metric_of(name: str) -> Any:
+    """The metric of `metric_option`: a name of `mpq.drops`, or a function."""
+    from mpq.model_source import load_function
+
+    return load_function(name) if name.rpartition(":")[0].endswith(".py") else name
+
+
+def study_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `study_options`.
+
+    Raises:
+        ValueError: for a study without a storage.
+    """
+    if given["study"] is not None and given["storage"] is None:
+        raise ValueError(f"--study {given['study']} is the name of a search in a storage: give --storage PATH")
+    return {name: given[name] for name in ("storage", "study") if given[name] is not None}
 
 
 def adjust_of(given: Mapping[str, Any], source: Any) -> Any:

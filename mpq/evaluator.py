@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -21,11 +20,14 @@ from mpq.batches import batch_size, batches_of, samples_in
 from mpq.cache import description, fingerprint_of, pieces_in
 from mpq.drops import Metric, drop_of
 from mpq.frontier import Frontier
+from mpq.kept_outputs import KeptOutputs
 from mpq.kept_weights import KeptWeights
+from mpq.measured_loss import MeasuredLoss
 from mpq.plan import Plan
 from mpq.plan_keys import choices_of_key, key_of
 from mpq.plan_slopes import plan_slopes
 from mpq.planning import choices_of
+from mpq.progress import meter
 from mpq.quantizer import Quantizer, RoundToNearest
 from mpq.shuffled_pieces import shuffled_pieces
 from mpq.slope_steps import Slopes
@@ -46,29 +48,6 @@ _ROUNDING = 1e-9  # of an evaluation
 
 class Exhausted(RuntimeError):
     """The evaluator's budget does not allow another measurement; those made so far are in `measured`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """What one plan was measured to lose.
-
-    Attributes:
-        divergence: mean over the samples, in nats where the task is a distribution.
-        standard_error: of that mean over samples; 0 for one sample.
-        per_sample: (samples,), in the evaluator's order of samples: two plans can be compared sample by sample.
-        samples: how many, the first of the evaluator's order.
-    """
-
-    divergence: float
-    standard_error: float
-    per_sample: NDArray[np.float64]
-    samples: int
-
-    @classmethod
-    def of(cls, values: NDArray[np.float64]) -> Measurement:
-        """The measurement that these values a sample are."""
-        error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        return cls(float(values.mean()), error, values, len(values))
 
 
 class Evaluator:
@@ -141,13 +120,14 @@ class Evaluator:
         self._edges = np.cumsum([0, *map(batch_size, self._pieces)])
         self.samples = samples_in(batches)
         self.weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
-        self._references: dict[int, Outputs] = {}
-        self._room = kept_bytes
+        self._references = KeptOutputs(self._in_full_precision, kept_bytes)
         self._store = StoredValues(None if cache is None else pieces_in(cache, self.fingerprint).folder)
         self._values: dict[bytes, NDArray[np.float64]] = {}
-        self.measured: dict[bytes, Measurement] = {}
+        self.measured: dict[bytes, MeasuredLoss] = {}
         self.spent = 0.0
         self.runs = 0
+        self._tell: Callable[[float, str], None] | None = None
+        self._under_way = 0.0  # of a measurement
         self._started: float | None = None
 
     @cached_property
@@ -169,7 +149,7 @@ class Evaluator:
         taken = time.monotonic() - self._started
         return min(left, (self.seconds - taken) * self.spent / taken) if self.spent else left
 
-    def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> Measurement:
+    def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> MeasuredLoss:
         """What a plan loses on the first samples.
 
         Args:
@@ -191,10 +171,11 @@ class Evaluator:
             if len(values) < stop:
                 values = self._grown(codes, values, wanted)
             self.spent += (stop - before) / self.samples
-            self.measured[key] = Measurement.of(values[:stop])
-        return self.measured[key] if stop >= before else Measurement.of(self._values[key][:stop])
+            self.measured[key] = MeasuredLoss.of(values[:stop])
+            self._told(-self._under_way)
+        return self.measured[key] if stop >= before else MeasuredLoss.of(self._values[key][:stop])
 
-    def measure_all(self, plans: Sequence[ArrayLike], samples: int | None = None) -> list[Measurement]:
+    def measure_all(self, plans: Sequence[ArrayLike], samples: int | None = None) -> list[MeasuredLoss]:
         """Several plans, one after the other; workers on one storage share them (`mpq.shared_evaluator`)."""
         self.prepare(plans, samples)
         return [self.measure(plan, samples) for plan in plans]
@@ -228,11 +209,29 @@ class Evaluator:
             kept = np.concatenate([_three_digits(found[0]).ravel(), [found[1]]])
             self._store.write(key, kept)
         self.spent += SLOPES_COST * stop / self.samples
+        self._told(-self._under_way)
         first = kept[:-1].reshape(len(codes), -1)
         return Slopes.around(codes, first, self.table.quantity("sensitivity"), float(kept[-1]))
 
+    @contextmanager
+    def watched(self, description: str, *, shown: bool = True) -> Iterator[None]:
+        """Show a bar on a terminal meanwhile: how many evaluations of those allowed are done."""
+        with meter(description, self.evaluations, "evaluations", shown=shown) as tell:
+            self._tell = tell
+            try:
+                yield
+            finally:
+                self._tell = None
+
     def prepare(self, plans: Iterable[ArrayLike], samples: int | None = None) -> None:
         """These plans will be measured next, whatever comes out."""
+
+    def elsewhere(self, data: Any) -> Evaluator:
+        """An evaluator of the same plans by the same rules on other data, without limits."""
+        same: dict[str, Any] = {"task": self.task, "quantizer": self.quantizer, "metric": self.metric}
+        other = Evaluator(self.model, data, self.table, **same)
+        other.weights = self.weights  # some quantisers take long
+        return other
 
     def plan(self, choices: ArrayLike) -> Plan:
         """The plan that choices are, with what the table predicts for it."""
@@ -266,7 +265,7 @@ class Evaluator:
             most = max((found.samples for _, found in known), default=0)
             asked = "all the data" if samples is None else f"{samples} samples"
             raise ValueError(f"no plan was measured on {asked}: measure some so, or ask for samples={most} at most")
-        whole = [(key, Measurement.of(found.per_sample[:count])) for key, found in whole]
+        whole = [(key, MeasuredLoss.of(found.per_sample[:count])) for key, found in whole]
         plans = np.array([choices_of_key(key) for key, _ in whole])
         cost = np.array([totals(self.table, plan)[resource] for plan in plans])
         loss, error = np.array([(found.divergence, found.standard_error) for _, found in whole]).T
@@ -358,40 +357,20 @@ class Evaluator:
         """Full precision's outputs and those of a plan, piece by piece; the plan's with gradients where asked for."""
         plan = Plan(entries=entries_of(self.table, codes), fingerprint=self.table.fingerprint)
         with evaluating(self.model):
-            for span, references in self._spans(pieces):
+            for span, references in self._references.spans(pieces):
                 with quantized(self.model, plan, quantizer=self.weights):
                     for piece, reference in zip(span, references, strict=True):
                         yield reference, self.task.run(self.model, self._pieces[piece])
-
-    def _spans(self, pieces: range) -> Iterable[tuple[range, list[Outputs]]]:
-        """Runs of pieces with full precision's outputs: as long as these are kept, else one piece."""
-        start = pieces.start
-        while start < pieces.stop:
-            stop = start
-            while stop < pieces.stop and self._keeps(stop):
-                stop += 1
-            if stop > start:
-                yield range(start, stop), [self._references[piece] for piece in range(start, stop)]
-            else:
-                stop = start + 1
-                yield range(start, stop), [self._in_full_precision(start)]
-            start = stop
-
-    def _keeps(self, piece: int) -> bool:
-        """Whether full precision's outputs on a piece are kept; they are from now on, if there is room."""
-        if piece not in self._references and self._room > 0:
-            outputs = self._in_full_precision(piece)
-            size = outputs.values.numel() * outputs.values.element_size()
-            if size <= self._room:
-                self._references[piece] = outputs
-                self._room -= size
-            else:
-                self._room = 0  # pieces are alike: the next would not fit either
-        return piece in self._references
+                        self._told(batch_size(self._pieces[piece]) / self.samples)
 
     @torch.no_grad()
     def _in_full_precision(self, piece: int) -> Outputs:
         return self.task.run(self.model, self._pieces[piece])
+
+    def _told(self, more: float) -> None:
+        self._under_way += more
+        if self._tell is not None:
+            self._tell(self.spent + self._under_way, f", {len(self.measured)} plans")
 
 
 def _three_digits(values: NDArray[np.float64]) -> NDArray[np.float64]:

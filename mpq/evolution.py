@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mpq.frontier import Frontier
 from mpq.planning import solve_units
+from mpq.progress import meter
 from mpq.sampler_mirror import SamplerMirror
 from mpq.studies import PLAN, Measured, Proposal, SharedStudy, open_study, pack, quiet, unpack
 from mpq.suggestions import did_you_mean
@@ -61,6 +62,7 @@ def evolve(
     study: str = "mpq",
     stale: float = 3600.0,
     seed: int = 0,
+    progress: bool = True,
 ) -> Frontier:
     """Search over measured plans: the front of what they lose against any number of resources.
 
@@ -90,6 +92,7 @@ def evolve(
         study: its name there.
         stale: seconds after which a plan that a worker on another host began counts as lost.
         seed: of everything random; workers are told apart by what is on the storage.
+        progress: show a bar on a terminal.
 
     Returns:
         The non-dominated of all plans measured so far in the study, whoever measured them. `objective` is what was
@@ -129,7 +132,7 @@ def evolve(
         opened = open_study(storage, study, 1 + len(names), same, chosen)
         shared = SharedStudy(opened, stale)
         search = _Search(evaluator, breeding, shared, chosen, np.random.default_rng([seed, shared.counted()]))
-        with shared.working():
+        with shared.working(), meter("evolve", evaluations, "plans", shown=progress) as search.tell:
             search.run(first, evaluations, time.monotonic() + seconds)
         return replace(search.front(names), table=evaluator.table, minimised=objective)
 
@@ -143,6 +146,7 @@ class _Search:
     shared: SharedStudy
     sampler: Any
     rng: np.random.Generator
+    tell: Callable[[float, str], None] = lambda done, more: None
 
     def run(self, seeds: NDArray[np.int16], evaluations: int, deadline: float) -> None:
         """Measure until there are enough plans, or the time or the evaluator's budget is over."""
@@ -150,7 +154,8 @@ class _Search:
         shared.reclaim()
         shared.enqueue(self._texts(seeds), "seed")
         while time.monotonic() < deadline and getattr(self.evaluator, "left", math.inf) > 0:
-            if shared.counted() >= evaluations and not shared.reclaim():
+            self.tell(counted := shared.counted(), "")
+            if counted >= evaluations and not shared.reclaim():
                 return
             proposal = shared.take() or self._proposed()
             if proposal is None:

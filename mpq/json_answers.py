@@ -47,18 +47,6 @@ SEARCH_KEYS = {
     "verification": "as `mpq verify --json`; null without held-out data",
     "written": "files",
 }
-REFINEMENT_KEYS = {
-    "plan": "as `mpq show --json`",
-    "improved": "whether another plan than the first was confirmed to be better",
-    "evaluations": "measurements of the whole data",
-    "plans": "how many plans were measured",
-    "stopped": "why the search ended",
-    "selection": "start, best, p_value, samples on the data it was chosen by",
-    "fresh": "the same on samples that no candidate was chosen by",
-    "heldout": "the same on held-out data; or null",
-    "front": "with --front: list of the measured plans that no other beats",
-    "written": "files",
-}
 INSPECTION_KEYS = {
     "layers": "list of layer, kind, weight_shape, weights, macs (of a batch)",
     "batch": "samples a batch",
@@ -230,28 +218,6 @@ def verification_answer(verification: Verification, *, data: str, written: Seque
 
 def _estimate(found: Estimate) -> dict[str, float]:
     return {"value": found.value, "low": found.low, "high": found.high}
-
-
-def refinement_answer(found: Any, *, front: str | None, written: Sequence[str]) -> dict[str, Any]:
-    """`REFINEMENT_KEYS` of a refinement."""
-    shown = None if front is None else found.evaluator.frontier(front).to_frame().to_dict(orient="records")
-    return {
-        "plan": plan_answer(found.plan),
-        "improved": found.is_improved,
-        "evaluations": found.evaluations,
-        "plans": len(found.evaluator.measured),
-        "stopped": found.stopped,
-        "selection": _compared(found.selection),
-        "fresh": _compared(found.fresh),
-        "heldout": None if found.heldout is None else _compared(found.heldout),
-        "front": shown,
-        "written": list(written),
-    }
-
-
-def _compared(compared: Any) -> dict[str, float]:
-    test = compared.test
-    return {"start": compared.start, "best": compared.best, "p_value": test.p_value, "samples": test.samples}
 
 
 def inspection_answer(inspection: Inspection) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from mpq.problem import AllocationProblem
 from mpq.slope_steps import Slopes
 
 if TYPE_CHECKING:
-    from mpq.evaluator import Evaluator, Measurement
+    from mpq.evaluator import Evaluator
+    from mpq.measured_loss import MeasuredLoss
 
 STEP = 2**0.5  # from a level's factor to the next: a quarter of a bit, where scores fall by 4 a bit
 REACH = 7  # levels on each side of the start: factors of 2**-3.5 to 2**3.5, nearly two bits
@@ -158,7 +159,7 @@ class LevelEvaluator:
     levels: LayerLevels
 
     def __post_init__(self) -> None:
-        self.measured: dict[bytes, Measurement] = {}
+        self.measured: dict[bytes, MeasuredLoss] = {}
 
     @property
     def samples(self) -> int:
@@ -175,7 +176,7 @@ class LevelEvaluator:
         """Evaluations of the whole data that may still be made."""
         return self.evaluator.left
 
-    def measure(self, choices: ArrayLike, samples: int | None = None) -> Measurement:
+    def measure(self, choices: ArrayLike, samples: int | None = None) -> MeasuredLoss:
         """What a plan loses on the first samples; raises what the evaluator raises."""
         codes = np.asarray(choices, dtype=np.int64)
         found, key = self.evaluator.measure(self.levels.expanded(codes), samples), key_of(codes)
@@ -183,7 +184,7 @@ class LevelEvaluator:
             self.measured[key] = found
         return found
 
-    def measure_all(self, plans: Sequence[ArrayLike], samples: int | None = None) -> list[Measurement]:
+    def measure_all(self, plans: Sequence[ArrayLike], samples: int | None = None) -> list[MeasuredLoss]:
         """Several plans; workers on one storage share them."""
         self.evaluator.prepare((self.levels.expanded(plan) for plan in plans), samples)
         return [self.measure(plan, samples) for plan in plans]

@@ -25,7 +25,7 @@ from mpq.shrunk_errors import errors_of
 from mpq.slope_steps import TRUSTS, Slopes, slope_steps
 
 if TYPE_CHECKING:
-    from mpq.evaluator import Measurement
+    from mpq.measured_loss import MeasuredLoss
 
 Choices = NDArray[np.int64]
 
@@ -36,7 +36,7 @@ MANY = 2000  # units above which the table's runners-up are not enumerated: they
 class Measures(Protocol):
     """What the search asks: an `Evaluator`, or one of levels of layers."""
 
-    measured: dict[bytes, Measurement]
+    measured: dict[bytes, MeasuredLoss]
 
     @property
     def samples(self) -> int:
@@ -50,10 +50,10 @@ class Measures(Protocol):
     def left(self) -> float:
         """Evaluations of the whole data that may still be made."""
 
-    def measure(self, choices: Choices, samples: int | None = None) -> Measurement:
+    def measure(self, choices: Choices, samples: int | None = None) -> MeasuredLoss:
         """What a plan loses on the first samples."""
 
-    def measure_all(self, plans: Sequence[Choices], samples: int | None = None) -> list[Measurement]:
+    def measure_all(self, plans: Sequence[Choices], samples: int | None = None) -> list[MeasuredLoss]:
         """The same for several plans."""
 
     def slopes(self, choices: Choices, samples: int | None = None) -> Slopes | None:
@@ -272,7 +272,7 @@ class MeasuredSearch:
         return [choices_of_key(key) for key in known[:count]]
 
     @property
-    def _finite(self) -> dict[bytes, Measurement]:
+    def _finite(self) -> dict[bytes, MeasuredLoss]:
         """What was measured, without plans of which a sample came out as no number."""
         return {key: found for key, found in self.evaluator.measured.items() if math.isfinite(found.divergence)}
 

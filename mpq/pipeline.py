@@ -107,7 +107,7 @@ def search(  # noqa: PLR0917 - the order is public
 def _asked_of_refine(refine: float | bool | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the refinement: those given, with the task and quantiser of the search."""
     asked = dict(refine) if isinstance(refine, Mapping) else {} if refine is True else {"evaluations": refine}
-    return {name: settings[name] for name in ("task", "quantizer") if name in settings} | asked
+    return {name: settings[name] for name in ("task", "quantizer", "progress") if name in settings} | asked
 
 
 def _refined(model: Any, data: Any, plan: Plan, asked: Mapping[str, Any]) -> Plan:

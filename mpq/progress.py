@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -14,6 +15,25 @@ def track(items: Sequence[Item], description: str, *, shown: bool = True) -> Ite
     if not shown or not sys.stderr.isatty():
         return items
     return _with_bar(items, description)
+
+
+@contextmanager
+def meter(
+    description: str, total: float | None, unit: str, *, shown: bool = True
+) -> Iterator[Callable[[float, str], None]]:
+    """What is told how much of a total is done, and what else to show; a total of None is unknown."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda done, more: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    most = "" if total is None else f" of {total:g}"
+    counts = TextColumn(f"{{task.completed:.3g}}{most} {unit}{{task.fields[more]}},")
+    columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total, more="")
+        yield lambda done, more: progress.update(task, completed=max(done, progress.tasks[task].completed), more=more)
 
 
 def _with_bar(items: Sequence[Item], description: str) -> Iterator[Item]:

@@ -13,26 +13,24 @@ from mpq.command_arguments import (
     budget_option,
     cache_option,
     check_output,
+    metric_of,
+    metric_option,
     model_options,
     name_value_pairs,
     pin_option,
     quantizer_of,
     quantizer_option,
     say_written,
+    seconds_option,
     seed_option,
     source_of,
+    study_of,
+    study_options,
 )
 from mpq.command_group import AnswerCommand
-from mpq.json_answers import REFINEMENT_KEYS, json_text
+from mpq.json_answers import json_text
+from mpq.measured_answers import REFINEMENT_KEYS
 
-_METRIC_HELP = (
-    "What is made small: divergence from full precision, the drop of accuracy or agreement, the rise of the loss, or "
-    "the drop of a function of (outputs), one number a sample, higher is better, such as metrics.py:margin."
-)
-_STORAGE_HELP = (
-    "Where processes share their measurements: run the same command in as many of them as you like, now or later; "
-    "they do one search together and end with the same plan. shared.log, or sqlite:///shared.db."
-)
 _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass; 0.05 where a change must be sure."
 
 
@@ -48,7 +46,7 @@ _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass; 0.05 w
 @pin_option
 @click.option("--start", metavar="PLAN.json", help="Go on from this plan of the table rather than from its best.")
 @click.option("--evaluations", type=click.FloatRange(min=1), help="Measurements of the whole data; 200 by default.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="No measurement is begun later.")
+@seconds_option
 @click.option(
     "--level",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -57,18 +55,10 @@ _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass; 0.05 w
     help=_LEVEL_HELP,
 )
 @quantizer_option
-@click.option(
-    "--metric",
-    metavar="NAME|FILE.py:function",
-    default="divergence",
-    show_default=True,
-    help=_METRIC_HELP,
-    shell_complete=completers.metric,
-)
+@metric_option("divergence")
 @seed_option
 @cache_option
-@click.option("--storage", metavar="PATH|URL", help=_STORAGE_HELP, shell_complete=completers.among((), files=".log"))
-@click.option("--study", metavar="NAME", help="Name of the search in the storage; refine by default.")
+@study_options
 @click.option("--output", metavar="PLAN.json", help="Write the plan.")
 @click.option(
     "--front",
@@ -94,8 +84,7 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     from mpq.tables import CostTable
 
     check_output("--output", given["output"])
-    if given["study"] is not None and given["storage"] is None:
-        raise ValueError(f"--study {given['study']} is the name of a search in a storage: give --storage PATH")
+    shared = study_of(given)
     asked, pinned, loaded = name_value_pairs("budget", budgets), name_value_pairs("pin", pins), CostTable.load(table)
     if not asked and given["start"] is None:
         raise ValueError(
@@ -107,16 +96,15 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
     from mpq.refinement import refine as refine_table
 
-    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "level", "cache", "storage")}
-    how |= {"task": source.task, "quantizer": quantizer, "metric": _metric(given["metric"]), "pins": pinned}
-    study = {"study": given["study"]} if given["study"] is not None else {}
+    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "level", "cache")}
+    how |= {"task": source.task, "quantizer": quantizer, "metric": metric_of(given["metric"]), "pins": pinned}
     start = loaded if given["start"] is None else replace(Plan.load(given["start"]), table=loaded)
-    found = refine_table(source.model, source.data, start, asked or None, holdout=source.holdout, **how, **study)
+    found = refine_table(source.model, source.data, start, asked or None, holdout=source.holdout, **how, **shared)
     written = [given["output"]] if given["output"] is not None else []
     for path in written:
         found.plan.save(path)
     if given["as_json"]:
-        from mpq.json_answers import refinement_answer
+        from mpq.measured_answers import refinement_answer
 
         click.echo(json_text(refinement_answer(found, front=given["front"], written=written)))
         return
@@ -124,10 +112,3 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     if given["front"] is not None:
         click.echo(found.evaluator.frontier(given["front"]).to_frame().to_csv(index=False), nl=False)
     say_written(*written)
-
-
-def _metric(name: str) -> Any:
-    """A name of `mpq.drops`, or a function."""
-    from mpq.model_source import load_function
-
-    return load_function(name) if name.rpartition(":")[0].endswith(".py") else name

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq.budgets import format_quantity
-from mpq.evaluator import Evaluator, Measurement
+from mpq.evaluator import Evaluator
 from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
+from mpq.measured_loss import MeasuredLoss
 from mpq.measured_search import MeasuredSearch, Settings, Step
 from mpq.options import Option, matching
 from mpq.paired_test import PairedTest, paired_test
@@ -141,6 +142,7 @@ def refine(
     storage: Any = None,
     study: str = "refine",
     evaluator: Evaluator | None = None,
+    progress: bool = True,
     **settings: Any,
 ) -> Refinement:
     """Improve a plan by measuring others on the real model; every one keeps the budgets exactly.
@@ -174,6 +176,7 @@ def refine(
             (`mpq.shared_evaluator`).
         study: its name there.
         evaluator: an `Evaluator` to go on with; then data, task, quantizer, metric, limits and cache are its own.
+        progress: show a bar on a terminal.
         **settings: fields of `mpq.measured_search.Settings`: offspring, patience, level, kbest, draws, ...
 
     Returns:
@@ -221,7 +224,8 @@ def refine(
         search = MeasuredSearch(LevelEvaluator(evaluator, levels), levels.problem, asked, rng)
     else:
         search = MeasuredSearch(evaluator, problem, asked, rng)
-    best, stopped = search.run(start if levels is None else levels.middle)
+    with evaluator.watched("refine", shown=progress):
+        best, stopped = search.run(start if levels is None else levels.middle)
     best = best if levels is None else levels.expanded(best)
     found = _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, stopped))
     return replace(found, plan=_as_asked(found.plan, plan_or_table, pinned))
@@ -318,9 +322,7 @@ def _result(
         plans, best = (plans[1], plans[1]), start
     heldout = None
     if holdout is not None:
-        same: dict[str, Any] = {"task": evaluator.task, "quantizer": evaluator.quantizer, "metric": evaluator.metric}
-        judge = Evaluator(evaluator.model, holdout, evaluator.table, **same)
-        judge.weights = evaluator.weights  # of the same model, and some quantisers take long
+        judge = evaluator.elsewhere(holdout)
         heldout = Compared.of(*(judge.measure(choices).per_sample for choices in plans))
     cut = search.fresh_from
     table = evaluator.table
@@ -340,7 +342,7 @@ def _result(
     )
 
 
-def _whole(evaluator: Evaluator, choices: NDArray[np.int64]) -> Measurement:
+def _whole(evaluator: Evaluator, choices: NDArray[np.int64]) -> MeasuredLoss:
     """A plan on all the data, beyond the budget if need be."""
     limits, evaluator.evaluations, evaluator.seconds = (evaluator.evaluations, evaluator.seconds), None, None
     try:

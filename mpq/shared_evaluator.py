@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpq.evaluator import Evaluator, Measurement
+from mpq.evaluator import Evaluator
+from mpq.measured_loss import MeasuredLoss
 from mpq.plan_keys import key_of
 from mpq.studies import Measured, Proposal, SharedStudy, open_study, quiet
 
@@ -71,7 +72,7 @@ class SharedEvaluator(Evaluator):
         self._read: set[int] = set()
         self._found: dict[tuple[str, int], tuple[int, NDArray[np.float64]]] = {}
 
-    def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> Measurement:
+    def measure(self, choices: ArrayLike | Plan, samples: int | None = None) -> MeasuredLoss:
         """As `Evaluator.measure`, by whoever is first."""
         codes = self._codes(choices)
         self.prepare([codes], samples)

@@ -182,8 +182,11 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2g}%" if fraction else "0%"
 
 
-def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: int) -> None:
-    """A frontier as a table of at most so many points, the knee marked; a plot where one resource is traded."""
+def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: int, one: str = "") -> None:
+    """A frontier as a table of at most so many points, the knee marked; a plot where one resource is traded.
+
+    The last line says how to get `one` of them; by default by solving the table.
+    """
     amounts, console = _amounts(table, front, names), open_console()
     plotted = amounts[:, 0], amounts[:, -1]
     if len(names) == 2:
@@ -194,7 +197,7 @@ def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: in
         chosen = spread(np.arange(len(amounts), dtype=float), np.zeros(len(amounts)), points, keep=knee)
     rows = [
         (
-            *(format_quantity(value, table.measures[name]) for name, value in zip(names, amounts[i], strict=True)),
+            *(_amount(table, name, value) for name, value in zip(names, amounts[i], strict=True)),
             _option_counts(table, front.choices[i]),
             "knee" if i == knee else "",
         )
@@ -207,8 +210,13 @@ def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: in
     shown = f"{count} point{'s' * (count > 1)}"
     if len(chosen) < count:
         shown = f"{len(chosen)} of {count:,} points shown, --csv lists all"
-    limits = " ".join(f"--budget {name}=LIMIT" for name in names[:-1])
-    console.print(f"{shown}; one of them: mpq solve TABLE {limits}", soft_wrap=True, highlight=False)
+    one = one or f"mpq solve TABLE {' '.join(f'--budget {name}=LIMIT' for name in names[:-1])}"
+    console.print(f"{shown}; one of them: {one}", soft_wrap=True, highlight=False)
+
+
+def _amount(table: CostTable, name: str, value: float) -> str:
+    """What was measured is no quantity of the table and has no unit."""
+    return format_quantity(value, table.measures.get(name, ""))
 
 
 def front_csv(table: CostTable, front: Any, names: Sequence[str]) -> str:

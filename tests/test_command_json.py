@@ -42,6 +42,8 @@ def cases(made):
         ("show",): ["show", plan],
         ("verify",): ["verify", MODEL, plan, "--table", table],
         ("refine",): ["refine", MODEL, table, "--budget", "size=45%", "--evaluations", "2", "--front", "size"],
+        ("smallest",): ["smallest", MODEL, table, "--drop", "1", "--metric", "divergence"],
+        ("evolve",): ["evolve", MODEL, table, "--resource", "size", "--evaluations", "3"],
         ("table", "measure"): ["table", "measure", MODEL, "--output", folder / "m.csv"],
         ("table", "show"): ["table", "show", table],
         ("table", "merge"): ["table", "merge", table, table, "--output", folder / "merged.parquet"],

@@ -11,10 +11,11 @@ from small_models import cnn, decoder, images, tokens
 
 import mpq
 from mpq.drops import drop_of
-from mpq.evaluator import Evaluator, Exhausted, Measurement
+from mpq.evaluator import Evaluator, Exhausted
 from mpq.fake_quantize import fake_quantize
 from mpq.formats import parse
 from mpq.kept_weights import KeptWeights
+from mpq.measured_loss import MeasuredLoss
 from mpq.plan_keys import key_of
 from mpq.quantizer import RoundToNearest
 from mpq.surgery import layer_parameters
@@ -238,7 +239,7 @@ def test_plans_without_a_number_are_on_no_frontier(table, monkeypatch):
     evaluator = Evaluator(cnn(), images(4, 16), table)
     coarse, fine = (np.full(len(table.units), option) for option in (0, 2))
     evaluator.measure(fine)
-    evaluator.measured[key_of(coarse)] = Measurement.of(np.full(64, np.nan))
+    evaluator.measured[key_of(coarse)] = MeasuredLoss.of(np.full(64, np.nan))
     assert len(evaluator.frontier("size")) == 1
     evaluator.measured.pop(key_of(fine))
     with pytest.raises(ValueError, match="no plan was measured on all the data"):

@@ -12,8 +12,9 @@ from small_models import cnn, images
 import mpq
 from mpq import learned_scores
 from mpq.accuracy_constraint import _with_one_lost, smallest
-from mpq.evaluator import Evaluator, Exhausted, Measurement
+from mpq.evaluator import Evaluator, Exhausted
 from mpq.learned_scores import LearnedScores
+from mpq.measured_loss import MeasuredLoss
 from mpq.measured_search import MeasuredSearch, Settings
 from mpq.paired_test import paired_test, student_quantile, student_tail
 from mpq.plan_keys import choices_of_key, key_of
@@ -47,8 +48,8 @@ class Fake:
                 raise Exhausted("spent")
             self.spent += (count - before) / self.samples
             self.calls.append((key, before, count))
-            self.measured[key] = Measurement.of(self._values(choices)[:count])
-        return Measurement.of(self.measured[key].per_sample[:count])
+            self.measured[key] = MeasuredLoss.of(self._values(choices)[:count])
+        return MeasuredLoss.of(self.measured[key].per_sample[:count])
 
     def measure_all(self, plans, samples=None):
         return [self.measure(plan, samples) for plan in plans]
