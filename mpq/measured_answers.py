@@ -54,9 +54,9 @@ def refinement_answer(found: Any, *, front: str | None, written: Sequence[str]) 
         "evaluations": found.evaluations,
         "plans": len(found.evaluator.measured),
         "stopped": found.stopped,
-        "selection": _compared(found.selection),
-        "fresh": _compared(found.fresh),
-        "heldout": None if found.heldout is None else _compared(found.heldout),
+        "selection": found.selection.facts(),
+        "fresh": found.fresh.facts(),
+        "heldout": None if found.heldout is None else found.heldout.facts(),
         "front": shown,
         "written": list(written),
     }
@@ -100,8 +100,3 @@ def evolution_answer(front: Any, *, written: Sequence[str]) -> dict[str, Any]:
         ],
         "written": list(written),
     }
-
-
-def _compared(compared: Any) -> dict[str, float]:
-    test = compared.test
-    return {"start": compared.start, "best": compared.best, "p_value": test.p_value, "samples": test.samples}

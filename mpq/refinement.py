@@ -57,6 +57,11 @@ class Compared:
         """The comparison of two vectors of the same samples."""
         return cls(float(best.mean()), float(start.mean()), paired_test(best, start))
 
+    def facts(self) -> dict[str, float]:
+        """The figures as plain data: start, best, p_value, samples."""
+        test = self.test
+        return {"start": self.start, "best": self.best, "p_value": test.p_value, "samples": test.samples}
+
     @property
     def gain(self) -> float:
         """Share of the start plan's figure that is gone; 0 where it has none."""
@@ -228,7 +233,8 @@ def refine(
         best, stopped = search.run(start if levels is None else levels.middle)
     best = best if levels is None else levels.expanded(best)
     found = _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, stopped))
-    return replace(found, plan=_as_asked(found.plan, plan_or_table, pinned))
+    how_asked = _how_asked(evaluator, seed, asked)
+    return replace(found, plan=_as_asked(found.plan, plan_or_table, pinned, how_asked))
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
@@ -260,9 +266,18 @@ def _as_solved(
     return replace(problem, max_formats=plan.provenance.get("max_formats"))
 
 
-def _as_asked(refined: Plan, given: Plan | CostTable, pinned: Sequence[str]) -> Plan:
-    """The refined plan with the pins and the number of formats that it was found under."""
-    edited, asked = given.edited if isinstance(given, Plan) else (), dict[str, Any]()
+def _how_asked(evaluator: Evaluator, seed: int, settings: Settings) -> dict[str, Any]:
+    """What `refine` was asked for, as far as it is not its default."""
+    asked = {"evaluations": evaluator.evaluations, "seconds": evaluator.seconds, "seed": seed}
+    own = {one.name: getattr(settings, one.name) for one in fields(Settings)}
+    own = {name: value for name, value in own.items() if value != getattr(Settings, name)}
+    return {name: value for name, value in asked.items() if value is not None} | own
+
+
+def _as_asked(refined: Plan, given: Plan | CostTable, pinned: Sequence[str], how_asked: Mapping[str, Any]) -> Plan:
+    """The refined plan with the pins and the number of formats that it was found under, and how it was asked for."""
+    edited = given.edited if isinstance(given, Plan) else ()
+    asked: dict[str, Any] = {"refined": {**refined.provenance["refined"], "asked": dict(how_asked)}}
     before = given.provenance if isinstance(given, Plan) else {}
     if "max_formats" in before:
         asked["max_formats"] = before["max_formats"]
@@ -324,16 +339,18 @@ def _result(
     if holdout is not None:
         judge = evaluator.elsewhere(holdout)
         heldout = Compared.of(*(judge.measure(choices).per_sample for choices in plans))
-    cut = search.fresh_from
+    selection = Compared.of(best.per_sample, start.per_sample)
+    fresh = Compared.of(*(found.per_sample[search.fresh_from :] for found in (best, start)))
     table = evaluator.table
     budgets = tuple(AskedBudget(x.resource, x.asked, x.value, table.measures[x.resource], x.meaning) for x in limits)
     refined, first = (replace(evaluator.plan(choices), budgets=budgets) for choices in plans)
-    how = evaluator.provenance | {"evaluations": spent, "start": start.divergence, "selection": best.divergence}
+    how = evaluator.provenance | {"evaluations": spent, "plans": len(evaluator.measured), "stopped": stopped}
+    how |= {"selection": selection.facts(), "fresh": fresh.facts(), "heldout": heldout and heldout.facts()}
     return Refinement(
         plan=replace(refined, provenance={**refined.provenance, "refined": how}),
         start=first,
-        selection=Compared.of(best.per_sample, start.per_sample),
-        fresh=Compared.of(best.per_sample[cut:], start.per_sample[cut:]),
+        selection=selection,
+        fresh=fresh,
         heldout=heldout,
         history=tuple(search.history),
         evaluations=spent,

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from mpq.report_subject import Subject
+from mpq.terminal import refinement_in_words
 from mpq.version import VERSION
 
 _TARGETS_OWN = "the target's"  # how a budget is asked that the device itself sets
@@ -26,11 +27,27 @@ def commands(subject: Subject) -> list[str]:
     for pattern, option in _pins(subject).items():
         search += ["--pin", f"{pattern}={option}"]
     search += ["--output", "plan.json", "--table", "table.parquet"]
-    solve = ["mpq", "solve", "table.parquet"]
+    again = ["mpq", "solve", "table.parquet"]
+    if kept.get("refined"):
+        again = ["mpq", "refine", subject.model, "table.parquet", *_refined_options(subject), "--output", "plan.json"]
     for quantity, asked in asked_budgets(subject).items():
-        solve += ["--budget", f"{quantity}={asked}"]
+        again += ["--budget", f"{quantity}={asked}"]
     report = ["mpq", "report", "plan.json", "--table", "table.parquet", "--model", subject.model]
-    return [shlex.join(line) for line in (search, solve, [*report, "--output", "report.html"])]
+    if "quantizer" in (settings := _settings(subject)):
+        report += ["--quantizer", settings["quantizer"]]
+    return [shlex.join(line) for line in (search, again, [*report, "--output", "report.html"])]
+
+
+def _refined_options(subject: Subject) -> list[str]:
+    """Options of `mpq refine` where they are not its defaults, as far as the command has them."""
+    kept = subject.plan.provenance
+    settings = dict(kept["refined"]["asked"]) | {"metric": kept["refined"]["measured"]}
+    if "quantizer" in (searched := _settings(subject)):
+        settings["quantizer"] = searched["quantizer"]
+    known = ("evaluations", "seconds", "seed", "level", "quantizer", "metric")
+    found = {name: str(settings[name]) for name in known if name in settings and settings[name] != "divergence"}
+    pins = [("pin", f"{pattern}={option}") for pattern, option in _pins(subject).items()]
+    return [part for name, value in (*found.items(), *pins) for part in (f"--{name}", value)]
 
 
 def asked_budgets(subject: Subject) -> dict[str, str]:
@@ -52,6 +69,8 @@ def _settings(subject: Subject) -> dict[str, str]:
         found["hardware"] = str(hardware["target"])
     if method := method_name(str(kept.get("sensitivity", "")), automatic="why" in kept):
         found["sensitivity"] = method
+    if str(kept.get("quantizer", "")).startswith("GPTQ("):
+        found["quantizer"] = "gptq"
     if kept.get("granularity", "layer") != "layer":
         found["granularity"] = str(kept["granularity"])
     for name in ("phase", "context"):
@@ -104,7 +123,13 @@ def python_lines(subject: Subject) -> str:
             arguments.append(f"{name}={settings[name]!r}")
     arguments += [f"{name}={settings[name]}" for name in ("batch", "context", "seed") if name in settings]
     inner = "".join(f"    {argument},\n" for argument in arguments)
-    return f'import mpq\n\nplan = mpq.search(\n    model,\n    data,\n{inner})\nplan.report("report.html")\n'
+    refined = ""
+    if kept.get("refined"):
+        asked = dict(kept["refined"]["asked"])
+        asked |= {"metric": metric} if (metric := kept["refined"]["measured"]) != "divergence" else {}
+        refined = "".join(f", {name}={value!r}" for name, value in asked.items())
+        refined = f"plan = mpq.refine(model, data, plan{refined}).plan\n"
+    return f'import mpq\n\nplan = mpq.search(\n    model,\n    data,\n{inner})\n{refined}plan.report("report.html")\n'
 
 
 def record(subject: Subject) -> list[tuple[str, str]]:
@@ -116,7 +141,7 @@ def record(subject: Subject) -> list[tuple[str, str]]:
     facts += [(f"{name}, of the search", str(version)) for name, version in (kept.get("versions") or {}).items()]
     facts.append(("mpq, of this page", VERSION))
     if kept.get("refined"):
-        facts.append(("refined", ", ".join(f"{name} {value}" for name, value in kept["refined"].items())))
+        facts.append(("refined", refinement_in_words(kept["refined"])))
     if kept.get("imported"):
         facts.append(("imported from", str(kept["imported"])))
     return facts

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpq.budgets import format_quantity
 from mpq.verification_report import FULL_PRECISION, figure_text
@@ -137,11 +137,27 @@ def _made_with(plan: Plan) -> Iterable[str]:
         by = "" if quantizer == "RoundToNearest" else f", quantised by {quantizer}"
         yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{by}{why}"
     if refined := plan.provenance.get("refined"):
-        gain = f"{refined['measured']} {refined['start']:.4g} -> {refined['selection']:.4g} on the"
-        found = "nothing better was found on" if refined["selection"] == refined["start"] else gain
-        yield f"refined by measurement: {found} {refined['samples']} samples"
+        yield f"refined by measurement: {refinement_in_words(refined)}"
     if plan.help:
         yield f"done after the formats were chosen: {', '.join(plan.help)}"
+
+
+def refinement_in_words(refined: Mapping[str, Any]) -> str:
+    """What a plan's provenance says of its refinement; figures on data that chose it and on other data apart.
+
+    Example:
+        >>> chosen = {"start": 0.3, "best": 0.25, "p_value": 0.01, "samples": 96}
+        >>> refinement_in_words({"measured": "divergence", "plans": 7, "selection": chosen, "heldout": None})
+        'divergence 0.3 -> 0.25 on the 96 samples that chose it among 7 plans; not judged on held-out data'
+    """
+    chosen, held = refined["selection"], refined["heldout"]
+    if chosen["best"] == chosen["start"]:
+        return f"nothing better was found among {refined['plans']} plans on {chosen['samples']} samples"
+    judged = "not judged on held-out data"
+    if held is not None:
+        judged = f"held out {held['start']:.4g} -> {held['best']:.4g} on {held['samples']} (p = {held['p_value']:.2g})"
+    gain = f"{refined['measured']} {chosen['start']:.4g} -> {chosen['best']:.4g}"
+    return f"{gain} on the {chosen['samples']} samples that chose it among {refined['plans']} plans; {judged}"
 
 
 def plan_csv(plan: Plan) -> str:

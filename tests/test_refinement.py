@@ -21,6 +21,7 @@ from mpq.plan_keys import choices_of_key, key_of
 from mpq.refinement import Compared, refine
 from mpq.shrunk_errors import errors_of
 from mpq.tasks import Distribution
+from mpq.terminal import refinement_in_words
 
 BITS = np.array([2.0, 3, 4, 6, 8])
 LABELS = ["int2", "int3", "int4", "int6", "int8"]
@@ -325,7 +326,10 @@ def test_refined_plan_keeps_its_budget_and_is_never_worse(table):
     assert found.fresh.test.samples == 32
     assert found.heldout.test.samples == 15
     assert found.evaluations <= 25
-    assert found.plan.provenance["refined"]["evaluations"] == found.evaluations
+    kept = found.plan.provenance["refined"]
+    assert (kept["evaluations"], kept["plans"]) == (found.evaluations, len(found.evaluator.measured))
+    for name in ("selection", "fresh", "heldout"):
+        assert kept[name] == getattr(found, name).facts()
     with mpq.quantized(cnn(), found.plan):
         pass
     text = str(found)
@@ -351,6 +355,18 @@ def test_plan_brings_its_table_and_budgets(table):
         refine(cnn(), DATA, fast)
     pinned = refine(cnn(), DATA, plan, pins={"head": "int8"}, evaluations=8, **QUICK)
     assert pinned.plan.options["head"] == "int8"
+
+
+def test_a_refined_plan_says_apart_what_chose_it_and_what_did_not():
+    def facts(start, best, samples):
+        return {"start": start, "best": best, "p_value": 0.02, "samples": samples}
+
+    kept = {"measured": "loss", "plans": 9, "selection": facts(2, 1, 64), "heldout": facts(3, 2.5, 32)}
+    words = refinement_in_words(kept)
+    assert words == "loss 2 -> 1 on the 64 samples that chose it among 9 plans; held out 3 -> 2.5 on 32 (p = 0.02)"
+    assert refinement_in_words(kept | {"heldout": None}).endswith("; not judged on held-out data")
+    found = refinement_in_words(kept | {"selection": facts(2, 2, 64)})
+    assert found == "nothing better was found among 9 plans on 64 samples"
 
 
 def test_what_the_plan_was_solved_under_holds_for_the_refined_one(table):

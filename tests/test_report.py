@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from reported_plans import OPTIONS, WICKED, cost_table, solved, verification
+from small_models import cnn, images
 
 import mpq
 from mpq.budgets import format_quantity
@@ -26,10 +27,11 @@ from mpq.report_axes import Axis
 from mpq.report_exchange import exchanges
 from mpq.report_formats import looks
 from mpq.report_layers import MOST_BARS, layer_rows, strip
-from mpq.report_reproduction import commands, python_lines
+from mpq.report_reproduction import commands, python_lines, record
 from mpq.report_subject import Subject
 from mpq.reporting import report_html, write_report
 from mpq.tables import CostTable
+from mpq.terminal import refinement_in_words
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +347,29 @@ def test_commands_make_the_plan_again(plan, table, tmp_path, monkeypatch):
     assert {one.name for one in main.commands["search"].params if f"--{one.name}" in search} >= {"options", "batch"}
     assert report[1] == "report"
     compile(python_lines(Subject(plan=plan, table=table)), "page", "exec")
+
+
+def test_a_refined_plan_is_refined_again():
+    from mpq.__main__ import main
+
+    model, data = cnn(), images()
+    made = mpq.search(model, data, ["int2", "int3"], {"size": "45%"}, pins={"head": "int3"}, progress=False)
+    plan = mpq.refine(model, data, made, evaluations=3, seed=2, level=0.5, metric="loss", kbest=4).plan
+    subject = Subject(plan=plan, table=made.table, model="demo")
+    _, again, _ = (shlex.split(line) for line in commands(subject))
+    assert again[:4] == ["mpq", "refine", "demo", "table.parquet"]
+    assert "--quantizer" not in again
+    parsed = main.commands["refine"].make_context("refine", again[2:]).params
+    assert (parsed["evaluations"], parsed["seed"], parsed["level"], parsed["metric"]) == (3, 2, 0.5, "loss")
+    assert (parsed["budgets"], parsed["pins"]) == (("size=45%",), ("head=int3",))
+    by_gptq = replace(plan, provenance={**plan.provenance, "quantizer": "GPTQ(damping=0.01)"})
+    for line in commands(Subject(plan=by_gptq, table=made.table, model="demo")):
+        assert "--quantizer gptq" in line
+    lines = python_lines(subject)
+    compile(lines, "page", "exec")
+    asked = "evaluations=3, seed=2, kbest=4, level=0.5, metric='loss'"
+    assert f"plan = mpq.refine(model, data, plan, {asked}).plan" in lines
+    assert dict(record(subject))["refined"] == refinement_in_words(plan.provenance["refined"])
 
 
 def test_command_writes_the_page_without_torch(plan, table, tmp_path):
