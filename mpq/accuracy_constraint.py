@@ -12,7 +12,7 @@ import numpy as np
 
 from mpq.budgets import format_quantity
 from mpq.drops import Metric
-from mpq.evaluator import Evaluator, Exhausted
+from mpq.evaluator import Evaluator, Exhausted, Independent
 from mpq.measured_loss import MeasuredLoss
 from mpq.options import Option
 from mpq.paired_test import PairedTest, paired_test
@@ -76,12 +76,13 @@ class Smallest:
         measure = self.evaluator.table.measures.get(self.resource_name, "")
         ended = f"; {self.stopped}: a smaller one may do" if self.stopped else ""
         cost = f"{self.resource_name} {format_quantity(self.resource, measure)}"
-        found = f"{name} drop {self.drop:.4g} of {self.limit:g} allowed on {self.evaluator.samples} samples"
+        unit = self.evaluator.independent
+        found = f"{name} drop {self.drop:.4g} of {self.limit:g} allowed on {self.evaluator.samples} {unit}"
         line = f"{cost}: {found} ({sure}; {len(self.history)} plans measured{ended})"
         if self.heldout is None:
             return line
         judged, error = f"{self.heldout.divergence:.4g}", f"{self.heldout.standard_error:.2g}"
-        return f"{line}\n  held out: {judged} ± {error} (standard error) on {self.heldout.samples} samples"
+        return f"{line}\n  held out: {judged} ± {error} (standard error) on {self.heldout.samples} {unit}"
 
 
 def smallest(
@@ -96,6 +97,7 @@ def smallest(
     budgets: Mapping[str, float | str] | None = None,
     pins: Mapping[str, Option | str] | None = None,
     level: float = 0.05,
+    independent: Independent = "samples",
     task: Task | LossFunction | str | None = None,
     quantizer: Quantizer | None = None,
     evaluations: float | None = EVALUATIONS,
@@ -133,6 +135,7 @@ def smallest(
         budgets: what every plan must keep besides.
         pins: name patterns and the option those layers take.
         level: of the test.
+        independent: as for `Evaluator`: "batches" where samples of one batch belong together.
         task: as for `search`.
         quantizer: as for `search`.
         evaluations: plans that may be measured.
@@ -165,7 +168,7 @@ def smallest(
         raise TypeError(f"table must be a CostTable, such as plan.table, got {type(table).__name__}")
     if evaluator is None:
         evaluator = Evaluator(
-            model, data, table, task=task, quantizer=quantizer, metric=metric, cache=cache,
+            model, data, table, task=task, quantizer=quantizer, metric=metric, cache=cache, independent=independent,
             evaluations=evaluations, seconds=seconds, seed=seed,
         )  # fmt: skip
     elif evaluator.metric != metric:

@@ -208,6 +208,15 @@ measure_options = together(space_options, run_options, quantizer_option, seed_op
 """The arguments of every command that measures a table."""
 
 
+independent_option = click.option(
+    "--independent",
+    type=click.Choice(["samples", "batches"]),
+    default="samples",
+    show_default=True,
+    help="What tests count: batches where those of one batch belong together, such as crops of one photo.",
+)
+
+
 def metric_option(default: str) -> Callable[[Command], Command]:
     """`--metric`: what is measured of a sample."""
     return click.option(

@@ -9,14 +9,14 @@ from contextlib import closing, contextmanager
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from mpq.batches import batch_size, batches_of, samples_in
+from mpq.batches import batch_size, batches_of
 from mpq.cache import description, fingerprint_of, pieces_in
 from mpq.drops import Metric, drop_of
 from mpq.frontier import Frontier
@@ -40,6 +40,8 @@ from mpq.tasks import CustomLoss, LossFunction, Outputs, Task
 
 if TYPE_CHECKING:
     from mpq.tables import CostTable
+
+Independent = Literal["samples", "batches"]
 
 KEPT_BYTES = 2**31  # of reference outputs, and as many of quantised weights
 SLOPES_COST = 3  # measurements: a backward takes two forwards' time
@@ -71,6 +73,9 @@ class Evaluator:
             in the cache counts as well, so that a search that goes on ends where it would have ended.
         seconds: no measurement is begun so long after the first was asked for.
         seed: of the order of samples.
+        independent: what says something of its own. "samples", or "batches" where those of a batch belong together,
+            such as crops of one photo: batches then stay whole and count as one sample each, its losses' mean (by
+            size), so that no photo is on both sides of a test, and a hundred crops are not a hundred witnesses.
         kept_bytes: of reference outputs that are kept, and of quantised weights.
 
     Raises:
@@ -101,6 +106,7 @@ class Evaluator:
         evaluations: float | None = None,
         seconds: float | None = None,
         seed: int = 0,
+        independent: Independent = "samples",
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         if not table.layers:
@@ -108,6 +114,8 @@ class Evaluator:
         for name, limit in (("evaluations", evaluations), ("seconds", seconds)):
             if limit is not None and not (isinstance(limit, Real) and limit > 0):
                 raise ValueError(f"{name} must be a positive number, got {limit!r}; leave it out for no limit")
+        if independent not in get_args(Independent):
+            raise ValueError(f"independent must be samples or batches, got {independent!r}")
         batches = batches_of(data)
         with evaluating(model):
             self.task = choose_task(model, batches[0], task)
@@ -115,10 +123,15 @@ class Evaluator:
         self.quantizer, self._batches = quantizer, batches
         self.evaluations, self.seconds = evaluations, seconds
         self._drop = drop_of(metric, self.task)
-        cut = not isinstance(self.task, CustomLoss)  # what a function makes of a batch may need all of it
+        self.independent = independent
+        # what a function makes of a batch may need all of it
+        cut = independent == "samples" and not isinstance(self.task, CustomLoss)
         self._pieces = shuffled_pieces(batches, cut, np.random.default_rng(seed))
-        self._edges = np.cumsum([0, *map(batch_size, self._pieces)])
-        self.samples = samples_in(batches)
+        sizes = np.array([batch_size(piece) for piece in self._pieces])
+        self._counts = sizes if independent == "samples" else np.ones_like(sizes)
+        self._weights = sizes / sizes.mean()
+        self._edges = np.cumsum([0, *self._counts])
+        self.samples = int(self._edges[-1])
         self.weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
         self._references = KeptOutputs(self._in_full_precision, kept_bytes)
         self._store = StoredValues(None if cache is None else pieces_in(cache, self.fingerprint).folder)
@@ -135,7 +148,7 @@ class Evaluator:
         """Of all that a measurement depends on."""
         table, how = self.table, (self.task, self.metric, self.quantizer)
         parts = (self.model, self._batches, *how, table.layers, table.options, self.seed)
-        more = (table.granularity, np.asarray(table.layer_index))
+        more = (table.granularity, np.asarray(table.layer_index), self.independent)
         return fingerprint_of([], "evaluator", *map(description, (*parts, *more)))
 
     @property
@@ -229,6 +242,7 @@ class Evaluator:
     def elsewhere(self, data: Any) -> Evaluator:
         """An evaluator of the same plans by the same rules on other data, without limits."""
         same: dict[str, Any] = {"task": self.task, "quantizer": self.quantizer, "metric": self.metric}
+        same["independent"] = self.independent
         other = Evaluator(self.model, data, self.table, **same)
         other.weights = self.weights  # some quantisers take long
         return other
@@ -289,7 +303,8 @@ class Evaluator:
     def provenance(self) -> dict[str, Any]:
         """How plans were measured."""
         name = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", repr(self.metric))
-        return {"measured": name, "samples": self.samples, "seed": self.seed, "task": repr(self.task)}
+        found = {"measured": name, "samples": self.samples, "seed": self.seed, "task": repr(self.task)}
+        return found if self.independent == "samples" else found | {"independent": "batches"}
 
     # -- what is measured --------------------------------------------------------------------------------------------
 
@@ -348,10 +363,10 @@ class Evaluator:
 
     def _measured_pieces(self, codes: NDArray[np.int64], pieces: range) -> Generator[NDArray[np.float64]]:
         with torch.no_grad(), closing(self.outputs(codes, pieces)) as pairs:
-            for reference, outputs in pairs:
-                found = self._drop(reference, outputs)
+            for piece, (reference, outputs) in zip(pieces, pairs, strict=True):
+                found = self._drop(reference, outputs).detach().cpu().double().numpy()
                 self.runs += len(found)
-                yield found.detach().cpu().double().numpy()
+                yield found if self.independent == "samples" else found.mean(keepdims=True) * self._weights[piece]
 
     def outputs(self, codes: NDArray[np.int64], pieces: range) -> Generator[tuple[Outputs, Outputs]]:
         """Full precision's outputs and those of a plan, piece by piece; the plan's with gradients where asked for."""
@@ -361,7 +376,7 @@ class Evaluator:
                 with quantized(self.model, plan, quantizer=self.weights):
                     for piece, reference in zip(span, references, strict=True):
                         yield reference, self.task.run(self.model, self._pieces[piece])
-                        self._told(batch_size(self._pieces[piece]) / self.samples)
+                        self._told(self._counts[piece] / self.samples)
 
     @torch.no_grad()
     def _in_full_precision(self, piece: int) -> Outputs:

@@ -14,6 +14,7 @@ from mpq.command_arguments import (
     budget_option,
     cache_option,
     check_output,
+    independent_option,
     metric_of,
     metric_option,
     model_options,
@@ -71,6 +72,7 @@ from mpq.measured_answers import EVOLUTION_KEYS
     help="Plans that survive a generation of NSGA.",
 )
 @quantizer_option
+@independent_option
 @metric_option("divergence")
 @seed_option
 @cache_option
@@ -103,7 +105,8 @@ def evolve(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     source = source_of(model, given)
     quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
     how = {"task": source.task, "quantizer": quantizer, "metric": metric_of(given["metric"])}
-    evaluator = Evaluator(source.model, source.data, loaded, cache=given["cache"], seed=given["seed"], **how)
+    how |= {name: given[name] for name in ("cache", "seed", "independent")}
+    evaluator = Evaluator(source.model, source.data, loaded, **how)
     seconds = math.inf if given["seconds"] is None else given["seconds"]
     asked = {name: given[name] for name in ("sampler", "evaluations", "population", "seed")} | shared
     pinned = name_value_pairs("pin", pins)
@@ -117,7 +120,7 @@ def evolve(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
         click.echo(json_text(evolution_answer(front, written=written)))
         return
     show_front(loaded, front, (*front.names, front.objective_name), points=given["points"], one="--plans FOLDER")
-    click.echo(f"{front.provenance['plans']} plans measured on {evaluator.samples} samples")
+    click.echo(f"{front.provenance['plans']} plans measured on {evaluator.samples} {evaluator.independent}")
     say_written(*written)
 
 

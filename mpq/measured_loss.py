@@ -17,7 +17,7 @@ class MeasuredLoss:
         divergence: mean over the samples, in nats where the task is a distribution.
         standard_error: of that mean over samples; 0 for one sample.
         per_sample: (samples,), in the evaluator's order of samples: two plans can be compared sample by sample.
-        samples: how many, the first of the evaluator's order.
+        samples: how many, the first of the evaluator's order; batches, where those are what is independent.
     """
 
     divergence: float

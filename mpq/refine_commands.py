@@ -13,6 +13,7 @@ from mpq.command_arguments import (
     budget_option,
     cache_option,
     check_output,
+    independent_option,
     metric_of,
     metric_option,
     model_options,
@@ -55,6 +56,7 @@ _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass; 0.05 w
     help=_LEVEL_HELP,
 )
 @quantizer_option
+@independent_option
 @metric_option("divergence")
 @seed_option
 @cache_option
@@ -96,7 +98,7 @@ def refine(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
     from mpq.refinement import refine as refine_table
 
-    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "level", "cache")}
+    how = {name: given[name] for name in ("evaluations", "seconds", "seed", "level", "cache", "independent")}
     how |= {"task": source.task, "quantizer": quantizer, "metric": metric_of(given["metric"]), "pins": pinned}
     start = loaded if given["start"] is None else replace(Plan.load(given["start"]), table=loaded)
     found = refine_table(source.model, source.data, start, asked or None, holdout=source.holdout, **how, **shared)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq.budgets import format_quantity
-from mpq.evaluator import Evaluator
+from mpq.evaluator import Evaluator, Independent
 from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
 from mpq.measured_loss import MeasuredLoss
@@ -46,16 +46,20 @@ class Compared:
         best: mean of the refined plan.
         start: mean of the plan it started from.
         test: of their differences, sample by sample.
+        independent: what counts as a sample: "samples" or "batches".
     """
 
     best: float
     start: float
     test: PairedTest
+    independent: Independent = "samples"
 
     @classmethod
-    def of(cls, best: NDArray[np.float64], start: NDArray[np.float64]) -> Compared:
+    def of(
+        cls, best: NDArray[np.float64], start: NDArray[np.float64], independent: Independent = "samples"
+    ) -> Compared:
         """The comparison of two vectors of the same samples."""
-        return cls(float(best.mean()), float(start.mean()), paired_test(best, start))
+        return cls(float(best.mean()), float(start.mean()), paired_test(best, start), independent)
 
     def facts(self) -> dict[str, float]:
         """The figures as plain data: start, best, p_value, samples."""
@@ -69,8 +73,8 @@ class Compared:
 
     def __str__(self) -> str:
         if self.best == self.start:
-            return f"{self.start:.4g}, that of the start plan ({self.test.samples} samples)"
-        certainty = f"p = {self.test.p_value:.2g}, {self.test.samples} samples"
+            return f"{self.start:.4g}, that of the start plan ({self.test.samples} {self.independent})"
+        certainty = f"p = {self.test.p_value:.2g}, {self.test.samples} {self.independent}"
         return f"{self.start:.4g} -> {self.best:.4g} ({-self.gain:+.1%}; {certainty})"
 
 
@@ -140,6 +144,7 @@ def refine(
     task: Task | LossFunction | str | None = None,
     quantizer: Quantizer | None = None,
     metric: Metric = "divergence",
+    independent: Independent = "samples",
     evaluations: float | None = None,
     seconds: float | None = None,
     seed: int = 0,
@@ -171,6 +176,7 @@ def refine(
         quantizer: as for `search`.
         metric: what is made small, as for `Evaluator`: "divergence", a drop of "accuracy" or "agreement", the rise of
             "loss", or the drop of a function.
+        independent: as for `Evaluator`: "batches" where samples of one batch belong together.
         evaluations: measurements of the whole data, parts counting as parts; 200 where no seconds are given either.
         seconds: no measurement is begun later.
         seed: of everything random.
@@ -213,7 +219,7 @@ def refine(
     if evaluator is None:
         most = EVALUATIONS if evaluations is None and seconds is None else evaluations
         how: dict[str, Any] = {"task": task, "quantizer": quantizer, "metric": metric}
-        how |= {"cache": cache, "seconds": seconds, "seed": seed}
+        how |= {"cache": cache, "seconds": seconds, "seed": seed, "independent": independent}
         if storage is None:
             evaluator = Evaluator(model, data, table, evaluations=most, **how)
         else:
@@ -268,7 +274,9 @@ def _as_solved(
 
 def _how_asked(evaluator: Evaluator, seed: int, settings: Settings) -> dict[str, Any]:
     """What `refine` was asked for, as far as it is not its default."""
-    asked = {"evaluations": evaluator.evaluations, "seconds": evaluator.seconds, "seed": seed}
+    asked: dict[str, Any] = {"evaluations": evaluator.evaluations, "seconds": evaluator.seconds, "seed": seed}
+    if evaluator.independent != "samples":
+        asked["independent"] = evaluator.independent
     own = {one.name: getattr(settings, one.name) for one in fields(Settings)}
     own = {name: value for name, value in own.items() if value != getattr(Settings, name)}
     return {name: value for name, value in asked.items() if value is not None} | own
@@ -338,9 +346,11 @@ def _result(
     heldout = None
     if holdout is not None:
         judge = evaluator.elsewhere(holdout)
-        heldout = Compared.of(*(judge.measure(choices).per_sample for choices in plans))
-    selection = Compared.of(best.per_sample, start.per_sample)
-    fresh = Compared.of(*(found.per_sample[search.fresh_from :] for found in (best, start)))
+        judged = [judge.measure(choices).per_sample for choices in plans]
+        heldout = Compared.of(judged[0], judged[1], judge.independent)
+    cut, unit = search.fresh_from, evaluator.independent
+    selection = Compared.of(best.per_sample, start.per_sample, unit)
+    fresh = Compared.of(best.per_sample[cut:], start.per_sample[cut:], unit)
     table = evaluator.table
     budgets = tuple(AskedBudget(x.resource, x.asked, x.value, table.measures[x.resource], x.meaning) for x in limits)
     refined, first = (replace(evaluator.plan(choices), budgets=budgets) for choices in plans)

@@ -44,7 +44,7 @@ def _refined_options(subject: Subject) -> list[str]:
     settings = dict(kept["refined"]["asked"]) | {"metric": kept["refined"]["measured"]}
     if "quantizer" in (searched := _settings(subject)):
         settings["quantizer"] = searched["quantizer"]
-    known = ("evaluations", "seconds", "seed", "level", "quantizer", "metric")
+    known = ("evaluations", "seconds", "seed", "level", "quantizer", "metric", "independent")
     found = {name: str(settings[name]) for name in known if name in settings and settings[name] != "divergence"}
     pins = [("pin", f"{pattern}={option}") for pattern, option in _pins(subject).items()]
     return [part for name, value in (*found.items(), *pins) for part in (f"--{name}", value)]

@@ -12,6 +12,7 @@ from mpq.command_arguments import (
     budget_option,
     cache_option,
     check_output,
+    independent_option,
     metric_of,
     metric_option,
     model_options,
@@ -38,6 +39,7 @@ from mpq.measured_answers import SMALLEST_KEYS
 @model_options
 @click.argument("table", shell_complete=completers.among((), files=".parquet"))
 @click.option("--drop", required=True, metavar="LIMIT", help="The most that may be lost on average: 1%, 0.01.")
+@independent_option
 @metric_option("accuracy")
 @click.option(
     "--resource",
@@ -85,7 +87,7 @@ def smallest(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, 
     how: dict[str, Any] = {"budgets": name_value_pairs("budget", budgets), "pins": name_value_pairs("pin", pins)}
     source = source_of(model, given)
     how |= {"quantizer": quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer")), "task": source.task}
-    how |= {name: given[name] for name in ("resource", "level", "seconds", "seed", "cache")}
+    how |= {name: given[name] for name in ("resource", "level", "seconds", "seed", "cache", "independent")}
     how |= {} if given["evaluations"] is None else {"evaluations": given["evaluations"]}
     metric = metric_of(given["metric"])
     found = smallest_plan(source.model, source.data, loaded, drop=drop, metric=metric, holdout=source.holdout, **how)

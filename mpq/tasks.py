@@ -17,7 +17,8 @@ from mpq.batches import Batch, batch_size, call, model_inputs, split_batch, tens
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 _ONE_A_BATCH = (
     "a loss or metric returns one number a batch, which counts for each of its samples: intervals and tests will be "
-    "too sure of themselves; let it return one a sample (reduction='none')"
+    "too sure of themselves; let it return one a sample (reduction='none'), or where that is offered let batches count "
+    "(independent='batches')"
 )
 IGNORED = -100  # the label that cross entropy leaves out
 _AT_ONCE = 2**17  # probabilities: what is made of them stays in a CPU's cache

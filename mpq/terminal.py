@@ -150,14 +150,14 @@ def refinement_in_words(refined: Mapping[str, Any]) -> str:
         >>> refinement_in_words({"measured": "divergence", "plans": 7, "selection": chosen, "heldout": None})
         'divergence 0.3 -> 0.25 on the 96 samples that chose it among 7 plans; not judged on held-out data'
     """
-    chosen, held = refined["selection"], refined["heldout"]
+    chosen, held, unit = refined["selection"], refined["heldout"], refined.get("independent", "samples")
     if chosen["best"] == chosen["start"]:
-        return f"nothing better was found among {refined['plans']} plans on {chosen['samples']} samples"
+        return f"nothing better was found among {refined['plans']} plans on {chosen['samples']} {unit}"
     judged = "not judged on held-out data"
     if held is not None:
         judged = f"held out {held['start']:.4g} -> {held['best']:.4g} on {held['samples']} (p = {held['p_value']:.2g})"
     gain = f"{refined['measured']} {chosen['start']:.4g} -> {chosen['best']:.4g}"
-    return f"{gain} on the {chosen['samples']} samples that chose it among {refined['plans']} plans; {judged}"
+    return f"{gain} on the {chosen['samples']} {unit} that chose it among {refined['plans']} plans; {judged}"
 
 
 def plan_csv(plan: Plan) -> str:

@@ -336,3 +336,39 @@ def test_casts_take_no_room_from_what_is_quantised():
         for fmt in ("int4@channel", "fp32"):
             kept(rows, parse(fmt).bind("weight"), layer)
     assert quantizer.calls.count((layer.name, "int4@channel")) == 1
+
+
+def photos_and_crops(photos=7, crops=5):
+    """Crops of one photo differ in next to nothing; the first photo has two more. A photo a batch."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for photo in range(photos):
+        image, count = torch.randn(1, 1, 6, 6, generator=generator), crops + 2 * (photo == 0)
+        found.append(image + 1e-4 * torch.randn(count, 1, 6, 6, generator=generator))
+    return found
+
+
+def test_batches_that_belong_together_count_as_one_sample_each(table):
+    data = photos_and_crops()
+    alone = Evaluator(cnn(), data, table)
+    together = Evaluator(cnn(), data, table, independent="batches")
+    assert (alone.samples, together.samples) == (37, 7)
+    choices = plans(table)[0]
+    few, found = alone.measure(choices), together.measure(choices)
+    assert found.divergence == pytest.approx(few.divergence)
+    dumb = [dumb_divergence(cnn(), batch, table, choices).sum() * 7 / 37 for batch in data]
+    assert sorted(found.per_sample) == pytest.approx(sorted(dumb), rel=1e-5)
+    assert found.standard_error == pytest.approx(np.std(dumb, ddof=1) / 7**0.5, rel=1e-5)
+    assert found.standard_error > 1.5 * few.standard_error
+    assert together.spent == alone.spent == 1
+    assert together.fingerprint != alone.fingerprint
+    half = Evaluator(cnn(), data, table, independent="batches")
+    assert half.measure(choices, samples=3).per_sample == pytest.approx(found.per_sample[:3])
+    assert half.spent == pytest.approx(3 / 7)
+    assert half.provenance["independent"] == "batches"
+    assert half.elsewhere(data[:3]).measure(choices).samples == 3
+
+
+def test_what_is_independent_is_samples_or_batches(table):
+    with pytest.raises(ValueError, match="independent must be samples or batches, got 'photos'"):
+        Evaluator(cnn(), images(4, 8), table, independent="photos")

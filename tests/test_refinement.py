@@ -369,6 +369,20 @@ def test_a_refined_plan_says_apart_what_chose_it_and_what_did_not():
     assert found == "nothing better was found among 9 plans on 64 samples"
 
 
+def test_samples_of_a_batch_that_belong_together_confirm_no_more_than_one(table):
+    """Eight photos of 40 equal crops each."""
+    generator = torch.Generator().manual_seed(0)
+    photos = [torch.randn(1, 1, 6, 6, generator=generator).repeat(40, 1, 1, 1) for _ in range(8)]
+    how = {"evaluations": 12, "seed": 1, **QUICK}
+    crops = refine(cnn(), photos, table, BUDGET, **how)
+    found = refine(cnn(), photos, table, BUDGET, holdout=images(3, 5), independent="batches", **how)
+    assert (crops.fresh.test.samples, found.fresh.test.samples, found.heldout.test.samples) == (160, 4, 3)
+    assert found.selection.independent == "batches"
+    assert "8 batches" in str(found)
+    assert "8 batches" in refinement_in_words(found.plan.provenance["refined"])
+    assert found.plan.provenance["refined"]["asked"]["independent"] == "batches"
+
+
 def test_what_the_plan_was_solved_under_holds_for_the_refined_one(table):
     free = refine(cnn(), DATA, table.solve(BUDGET), evaluations=12, seed=1, **QUICK)
     assert free.is_improved
