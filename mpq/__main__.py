@@ -71,7 +71,8 @@ def main(context: click.Context, config_path: str | None, debug: bool) -> None:
     Every command has examples in its --help. With --json the answer alone is on standard output, in base units;
     progress and warnings are on standard error.
 
-    Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 budgets that cannot be kept, 130 interrupted.
+    Exit codes: 0 done, 1 wrong input, 2 wrong usage, 3 budgets or a drop that cannot be kept,
+    130 interrupted.
     """  # noqa: D301 - click wants the character itself
     if "torch" not in sys.modules:  # threads that wait shall not spin: it costs a busy machine many times the work
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from mpq.budgets import format_quantity
 from mpq.drops import Metric
 from mpq.evaluator import Evaluator, Exhausted, Independent
+from mpq.limits import Limit, apply_budgets
 from mpq.measured_loss import MeasuredLoss
-from mpq.options import Option
+from mpq.options import Option, matching
 from mpq.paired_test import PairedTest, paired_test
-from mpq.plan import Plan
+from mpq.plan import AskedBudget, Plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,13 +64,25 @@ class Smallest:
     stopped: str = ""
     heldout: MeasuredLoss | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        held, names = self.heldout, ("drop", "standard_error", "samples")
+        return {
+            "resource": self.resource_name,
+            "drop": self.drop,
+            "limit": self.limit,
+            "p_value": None if self.test is None else self.test.p_value,
+            "plans": len(self.history),
+            "heldout": held and dict(zip(names, (held.divergence, held.standard_error, held.samples), strict=True)),
+        }
+
     def __str__(self) -> str:
         name = self.evaluator.provenance["measured"]
         if self.plan is None or self.test is None:
             way_out = "allow more of them" if self.stopped else "allow a larger drop, finer options, or more data"
             ended = f"{self.stopped}, before the search was through: " if self.stopped else ""
             return (
-                f"no plan of the frontier was confirmed to lose at most {self.limit:g} ({name}) in "
+                f"no plan of the frontier was confirmed to have {name} of at most {self.limit:g} in "
                 f"{len(self.history)} measured: {ended}{way_out}"
             )
         bound = self.limit + self.test.upper(self.level)
@@ -77,7 +91,7 @@ class Smallest:
         ended = f"; {self.stopped}: a smaller one may do" if self.stopped else ""
         cost = f"{self.resource_name} {format_quantity(self.resource, measure)}"
         unit = self.evaluator.independent
-        found = f"{name} drop {self.drop:.4g} of {self.limit:g} allowed on {self.evaluator.samples} {unit}"
+        found = f"{name} {self.drop:.4g} of {self.limit:g} allowed on {self.evaluator.samples} {unit}"
         line = f"{cost}: {found} ({sure}; {len(self.history)} plans measured{ended})"
         if self.heldout is None:
             return line
@@ -162,8 +176,10 @@ def smallest(
         >>> found.drop < 0.2, found.test.p_value < 0.05, found.plan.average_bits < 8.5
         (True, True, True)
     """
-    if not (isinstance(drop, Real) and drop > 0 and isinstance(level, Real) and 0 < level < 1):
-        raise ValueError(f"drop must be a positive number and level between 0 and 1, got {drop!r} and {level!r}")
+    if not (isinstance(drop, Real) and 0 < drop < math.inf):
+        raise ValueError(f"drop must be a positive number, got {drop!r}")
+    if not (isinstance(level, Real) and 0 < level < 1):
+        raise ValueError(f"level must be between 0 and 1, got {level!r}")
     if not hasattr(table, "pareto"):
         raise TypeError(f"table must be a CostTable, such as plan.table, got {type(table).__name__}")
     if evaluator is None:
@@ -174,11 +190,29 @@ def smallest(
     elif evaluator.metric != metric:
         raise ValueError(f"the evaluator measures {evaluator.metric!r}, metric is {metric!r}: make them the same")
     front = table.pareto(resource, budgets, pins=pins, epsilon=1e-3)
+    judge = None if holdout is None else evaluator.elsewhere(holdout, front[-1].choices)
     with evaluator.watched("smallest", shown=progress):
         found = replace(_Bisection(evaluator, front, drop, level).run(), resource_name=resource)
-    if holdout is None or found.plan is None:
+    if found.plan is None:
         return found
-    return replace(found, heldout=evaluator.elsewhere(holdout).measure(found.plan))
+    found = found if judge is None else replace(found, heldout=judge.measure(found.plan))
+    return replace(found, plan=_as_asked(found, apply_budgets(table, budgets or {}), pins or {}))
+
+
+def _as_asked(found: Smallest, limits: Sequence[Limit], pins: Mapping[str, Option | str]) -> Plan:
+    """The plan with the budgets and pins that it was found under, and what was measured of it."""
+    plan, measures = cast(Plan, found.plan), found.evaluator.table.measures
+    names = [layer.name for layer in found.evaluator.table.layers]
+    pinned = tuple(dict.fromkeys(name for pattern in pins for name in matching(pattern, names, "pins")))
+    kept: dict[str, Any] = {"smallest": found.evaluator.provenance | found.facts()}
+    if pinned:
+        kept["price_of_pins"] = {}
+    return replace(
+        plan,
+        budgets=tuple(AskedBudget(x.resource, x.asked, x.value, measures[x.resource], x.meaning) for x in limits),
+        edited=pinned,
+        provenance={**plan.provenance, **kept},
+    )
 
 
 class _Bisection:

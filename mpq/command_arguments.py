@@ -15,9 +15,13 @@ MODEL_HELP = (
     "MODEL is `demo`, `demo-transformer`, FILE.py:function (returns model, data, optionally task and held-out data), "
     "or a transformers folder (with --data TEXT; without, only the weights of its .safetensors are read, in parts)."
 )
+LOADED_MODEL_HELP = (
+    "MODEL is `demo`, `demo-transformer`, FILE.py:function (returns model, data, optionally task and held-out data), "
+    "or a transformers folder with --data TEXT."
+)
 RUN = ("hardware", "batch", "phase", "context", "bops", "target")
 _METRIC_HELP = (
-    "What is made small: divergence from full precision, the drop of accuracy or agreement, the rise of the loss, or "
+    ": divergence from full precision, the drop of accuracy or agreement, the rise of the loss, or "
     "the drop of a function of (outputs), one number a sample, higher is better, such as metrics.py:margin."
 )
 _STORAGE_HELP = (
@@ -45,7 +49,7 @@ def together(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-data_options = together(
+_DATA = (
     click.option(
         "--data",
         "text",
@@ -63,7 +67,6 @@ data_options = together(
     click.option(
         "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens in a window of text."
     ),
-    click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
     click.option(
         "--task",
         metavar="TASK",
@@ -71,7 +74,15 @@ data_options = together(
         shell_complete=completers.task,
     ),
 )
+
+data_options = together(
+    *_DATA,
+    click.option("--holdout", metavar="FILE.py:function", help="Function that returns held-out data."),
+)
 """The data of a model, where it does not bring its own, and the task."""
+
+data_alone = together(*_DATA)
+"""The same for a command that judges nothing on held-out data."""
 
 model_options = together(click.argument("model", shell_complete=completers.model), data_options)
 """The arguments of every command that takes a model."""
@@ -217,14 +228,14 @@ independent_option = click.option(
 )
 
 
-def metric_option(default: str) -> Callable[[Command], Command]:
-    """`--metric`: what is measured of a sample."""
+def metric_option(default: str, role: str = "What is made small") -> Callable[[Command], Command]:
+    """`--metric`: what is measured of a sample, and what for."""
     return click.option(
         "--metric",
         metavar="NAME|FILE.py:function",
         default=default,
         show_default=True,
-        help=_METRIC_HELP,
+        help=role + _METRIC_HELP,
         shell_complete=completers.metric,
     )
 
@@ -271,11 +282,12 @@ def source_of(model: str, given: Mapping[str, Any], *, files: bool = False) -> A
     from mpq.model_source import call_function, check_holdout, load_source
 
     how = {name: given[name] for name in ("text", "samples", "tokens")}
-    source = load_source(model, **how, files=files and given["holdout"] is None)
+    holdout = given.get("holdout")
+    source = load_source(model, **how, files=files and holdout is None)
     for note in source.notes:
         click.echo(note, err=True)
-    if given["holdout"] is not None:
-        source = replace(source, holdout=call_function(given["holdout"]))
+    if holdout is not None:
+        source = replace(source, holdout=call_function(holdout))
     if source.data is not None:
         source = replace(source, data=batches_of(source.data))  # read once: a generator ends, a loader may shuffle
     source = check_holdout(source)
@@ -306,10 +318,10 @@ def quantizer_of(given: Mapping[str, Any], source: Any, *, scored_by: str | None
 
 
 def metric_of(name: str) -> Any:
-    """The metric of `metric_option`: a name of `mpq.drops`, or a function."""
-    from mpq.model_source import load_function
+    """The metric of `metric_option`: a name of `mpq.drops`, or a function of a file, told apart by all of the file."""
+    from mpq.model_source import FileFunction
 
-    return load_function(name) if name.rpartition(":")[0].endswith(".py") else name
+    return FileFunction.load(name) if name.rpartition(":")[0].endswith(".py") else name
 
 
 def study_of(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,23 @@ def drop_of(metric: Metric, task: Task) -> Drop:
     raise ValueError(f"metric must be one of {', '.join(METRICS)}, or a function of outputs, got {metric!r}")
 
 
+def drop_name(metric: Metric) -> str:
+    """What a drop is called where its figures are shown.
+
+    Example:
+        >>> drop_name("divergence"), drop_name("accuracy"), drop_name("loss")
+        ('divergence', 'accuracy drop', 'loss rise')
+    """
+    if metric in ("divergence", "loss"):
+        return "divergence" if metric == "divergence" else "loss rise"
+    return f"{metric_name(metric)} drop"
+
+
+def metric_name(metric: Metric) -> str:
+    """The metric's own name."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+
+
 def accuracy(outputs: Outputs) -> Tensor:
     """(samples,): share of a sample's labelled positions where the most likely class is the label.
 

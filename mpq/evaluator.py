@@ -18,7 +18,7 @@ from torch import nn
 
 from mpq.batches import batch_size, batches_of
 from mpq.cache import description, fingerprint_of, pieces_in
-from mpq.drops import Metric, drop_of
+from mpq.drops import Metric, drop_name, drop_of
 from mpq.frontier import Frontier
 from mpq.kept_outputs import KeptOutputs
 from mpq.kept_weights import KeptWeights
@@ -123,8 +123,7 @@ class Evaluator:
         self.quantizer, self._batches = quantizer, batches
         self.evaluations, self.seconds = evaluations, seconds
         self._drop = drop_of(metric, self.task)
-        self.independent = independent
-        # what a function makes of a batch may need all of it
+        self.independent = independent  # what a function makes of a batch may need all of it, too
         cut = independent == "samples" and not isinstance(self.task, CustomLoss)
         self._pieces = shuffled_pieces(batches, cut, np.random.default_rng(seed))
         sizes = np.array([batch_size(piece) for piece in self._pieces])
@@ -229,7 +228,7 @@ class Evaluator:
     @contextmanager
     def watched(self, description: str, *, shown: bool = True) -> Iterator[None]:
         """Show a bar on a terminal meanwhile: how many evaluations of those allowed are done."""
-        with meter(description, self.evaluations, "evaluations", shown=shown) as tell:
+        with meter(description, self.evaluations, "evaluations", digits=1, shown=shown) as tell:
             self._tell = tell
             try:
                 yield
@@ -239,12 +238,20 @@ class Evaluator:
     def prepare(self, plans: Iterable[ArrayLike], samples: int | None = None) -> None:
         """These plans will be measured next, whatever comes out."""
 
-    def elsewhere(self, data: Any) -> Evaluator:
-        """An evaluator of the same plans by the same rules on other data, without limits."""
+    def elsewhere(self, data: Any, plan: ArrayLike | None = None) -> Evaluator:
+        """An evaluator of the same plans by the same rules on held-out data, without limits.
+
+        With a plan some of it is measured: data that does not do is a ValueError now and not after a search.
+        """
         same: dict[str, Any] = {"task": self.task, "quantizer": self.quantizer, "metric": self.metric}
         same["independent"] = self.independent
-        other = Evaluator(self.model, data, self.table, **same)
-        other.weights = self.weights  # some quantisers take long
+        try:
+            other = Evaluator(self.model, data, self.table, **same)
+            other.weights = self.weights  # some quantisers take long
+            if plan is not None:
+                other.measure(np.asarray(plan).astype(np.int64), samples=1)
+        except ValueError as error:
+            raise ValueError(f"held-out data: {error}") from error
         return other
 
     def plan(self, choices: ArrayLike) -> Plan:
@@ -273,10 +280,10 @@ class Evaluator:
         """
         self.table.quantity(resource)
         count = self.samples if samples is None else samples
-        known = [(key, found) for key, found in self.measured.items() if math.isfinite(found.divergence)]
-        whole = [(key, found) for key, found in known if found.samples >= count > 0]
+        known = {key: found for key, found in self.measured.items() if math.isfinite(found.divergence)}
+        whole = [(key, found) for key, found in known.items() if found.samples >= count > 0]
         if not whole:
-            most = max((found.samples for _, found in known), default=0)
+            most = max((found.samples for found in known.values()), default=0)
             asked = "all the data" if samples is None else f"{samples} samples"
             raise ValueError(f"no plan was measured on {asked}: measure some so, or ask for samples={most} at most")
         whole = [(key, MeasuredLoss.of(found.per_sample[:count])) for key, found in whole]
@@ -302,8 +309,8 @@ class Evaluator:
     @property
     def provenance(self) -> dict[str, Any]:
         """How plans were measured."""
-        name = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", repr(self.metric))
-        found = {"measured": name, "samples": self.samples, "seed": self.seed, "task": repr(self.task)}
+        found = {"measured": drop_name(self.metric), "samples": self.samples, "seed": self.seed}
+        found |= {"task": repr(self.task), "quantizer": repr(self.weights.quantizer)}
         return found if self.independent == "samples" else found | {"independent": "batches"}
 
     # -- what is measured --------------------------------------------------------------------------------------------

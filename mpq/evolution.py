@@ -133,7 +133,7 @@ def evolve(
         shared = SharedStudy(opened, stale)
         search = _Search(evaluator, breeding, shared, chosen, np.random.default_rng([seed, shared.counted()]))
         with shared.working(), meter("evolve", evaluations, "plans", shown=progress) as search.tell:
-            search.run(first, evaluations, time.monotonic() + seconds)
+            search.stopped = search.run(first, evaluations, time.monotonic() + seconds)
         return replace(search.front(names), table=evaluator.table, minimised=objective)
 
 
@@ -147,23 +147,25 @@ class _Search:
     sampler: Any
     rng: np.random.Generator
     tell: Callable[[float, str], None] = lambda done, more: None
+    stopped: str = ""
 
-    def run(self, seeds: NDArray[np.int16], evaluations: int, deadline: float) -> None:
-        """Measure until there are enough plans, or the time or the evaluator's budget is over."""
+    def run(self, seeds: NDArray[np.int16], evaluations: int, deadline: float) -> str:
+        """Measure until there are enough plans, or the time or the evaluator's budget is over; which it was."""
         shared = self.shared
         shared.reclaim()
         shared.enqueue(self._texts(seeds), "seed")
         while time.monotonic() < deadline and getattr(self.evaluator, "left", math.inf) > 0:
             self.tell(counted := shared.counted(), "")
             if counted >= evaluations and not shared.reclaim():
-                return
+                return f"the study has its {evaluations} plans"
             proposal = shared.take() or self._proposed()
             if proposal is None:
-                return
+                return "nothing was proposed that is not measured"
             if shared.is_held_twice(proposal):
                 shared.give_back(proposal)
             elif not self._measured(proposal):
-                return
+                break
+        return "the time is over" if time.monotonic() >= deadline else "the evaluator's budget is spent"
 
     def _measured(self, proposal: Proposal) -> bool:
         """Whether a plan could be measured; if not it waits for another worker."""
@@ -266,7 +268,7 @@ class _Search:
         fits = [index for index, plan in enumerate(plans) if problem.is_feasible(plan)]
         if not fits:
             raise ValueError("no plan was measured: give more evaluations or seconds, or an evaluator with some left")
-        found, plans = [found[index] for index in fits], plans[fits]
+        measured, found, plans = len(found), [found[index] for index in fits], plans[fits]
         points = np.array([[*one.values[1:], one.values[0]] for one in found])
         picked = import_module("mpq.solvers.dominance").nondominated(points)
         return Frontier(
@@ -277,7 +279,7 @@ class _Search:
             choices=plans[picked].astype(np.uint16),
             standard_error=_errors([found[index] for index in picked]),
             is_heuristic=True,
-            provenance=self._provenance(found, picked),
+            provenance=self._provenance(found, picked) | {"plans": measured, "stopped": self.stopped},
         )
 
     def _provenance(self, found: Sequence[Measured], picked: NDArray[np.int64]) -> dict[str, Any]:
@@ -287,7 +289,6 @@ class _Search:
             **given,
             "method": type(self.sampler).__name__,
             "study": self.shared.study.study_name,
-            "plans": len(found),
             "trials": [found[index].number for index in picked],
             "origins": [found[index].origin for index in picked],
         }

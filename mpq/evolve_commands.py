@@ -10,14 +10,14 @@ import click
 
 from mpq import completers
 from mpq.command_arguments import (
-    MODEL_HELP,
+    LOADED_MODEL_HELP,
     budget_option,
     cache_option,
     check_output,
+    data_alone,
     independent_option,
     metric_of,
     metric_option,
-    model_options,
     name_value_pairs,
     pin_option,
     quantizer_of,
@@ -33,14 +33,17 @@ from mpq.command_group import AnswerCommand
 from mpq.json_answers import json_text
 from mpq.measured_answers import EVOLUTION_KEYS
 
+_HOW = "--output FRONT.csv lists all, --plans FOLDER writes each"
+
 
 @click.command(
     cls=AnswerCommand,
     answer=EVOLUTION_KEYS,
-    epilog=MODEL_HELP,
+    epilog=LOADED_MODEL_HELP,
     short_help="The frontier of plans measured on MODEL, by evolution from a saved TABLE.",
 )
-@model_options
+@click.argument("model", shell_complete=completers.model)
+@data_alone
 @click.argument("table", shell_complete=completers.among((), files=".parquet"))
 @click.option(
     "--resource",
@@ -79,12 +82,13 @@ from mpq.measured_answers import EVOLUTION_KEYS
 @study_options
 @click.option("--points", type=click.IntRange(min=2), default=20, show_default=True, help="Points to show.")
 @click.option("--output", metavar="FRONT.csv", help="Write every point with the option of every unit.")
-@click.option("--plans", metavar="FOLDER", help="Write the plan of every point: 01.json is the first.")
+@click.option("--plans", metavar="FOLDER", help="Write the plan of every point, numbered, to a new folder.")
 def evolve(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ...], **given: Any) -> None:
     """The frontier of plans that are measured on MODEL's calibration data: what every bit of a resource buys.
 
     Evolution (NSGA-II) over measurements, from the exact frontier of a saved TABLE. Every plan keeps budgets, ties and
-    pins. With --storage it goes on where it ended, and several processes search together.
+    pins. With --storage several processes search together, and with more --evaluations it goes on where it ended. The
+    figures are of the data that chose the plans: `mpq verify` judges one on other data.
 
     \b
     mpq search demo --options int2,int3,int4,int8 --budget size=20% --table table.parquet
@@ -98,40 +102,48 @@ def evolve(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, ..
     from mpq.tables import CostTable
 
     check_output("--output", given["output"], (".csv",))
-    _check_folder(given["plans"])
-    loaded, shared = CostTable.load(table), study_of(given)
+    _check_folder(given["plans"], given["output"])
+    loaded, shared = CostTable.load(table), {"study": "evolve"} | study_of(given)
+    asked, pinned = name_value_pairs("budget", budgets), name_value_pairs("pin", pins)
+    metric = metric_of(given["metric"])
     for name in given["resources"]:
         loaded.quantity(name)  # before anything long starts
     source = source_of(model, given)
     quantizer = quantizer_of(given, source, scored_by=loaded.provenance.get("quantizer"))
-    how = {"task": source.task, "quantizer": quantizer, "metric": metric_of(given["metric"])}
+    how = {"task": source.task, "quantizer": quantizer, "metric": metric}
     how |= {name: given[name] for name in ("cache", "seed", "independent")}
     evaluator = Evaluator(source.model, source.data, loaded, **how)
     seconds = math.inf if given["seconds"] is None else given["seconds"]
-    asked = {name: given[name] for name in ("sampler", "evaluations", "population", "seed")} | shared
-    pinned = name_value_pairs("pin", pins)
-    front = evolved(
-        evaluator, given["resources"], name_value_pairs("budget", budgets), pins=pinned, seconds=seconds, **asked
-    )
+    search = {name: given[name] for name in ("sampler", "evaluations", "population", "seed")} | shared
+    front = evolved(evaluator, given["resources"], asked, pins=pinned, seconds=seconds, **search)
     written = _written(front, given["output"], given["plans"])
     if given["as_json"]:
         from mpq.measured_answers import evolution_answer
 
         click.echo(json_text(evolution_answer(front, written=written)))
         return
-    show_front(loaded, front, (*front.names, front.objective_name), points=given["points"], one="--plans FOLDER")
-    click.echo(f"{front.provenance['plans']} plans measured on {evaluator.samples} {evaluator.independent}")
+    show_front(loaded, front, (*front.names, front.objective_name), points=given["points"], how=_HOW)
+    found = f"{front.provenance['plans']} plans measured on {evaluator.samples} {evaluator.independent}"
+    click.echo(f"{found}, which chose them; {front.provenance['stopped']}")
     say_written(*written)
 
 
-def _check_folder(plans: str | None) -> None:
-    """Refuse, before long work, a folder where plans of another front would stay among the new ones.
+def _check_folder(plans: str | None, output: str | None) -> None:
+    """Make the folder before long work; refuse one where plans of another front would stay among the new ones.
 
     Raises:
-        ValueError: if it is a file, or has files.
+        ValueError: if it is a file, has files, or cannot be made.
     """
-    if plans is not None and Path(plans).exists() and not (Path(plans).is_dir() and not any(Path(plans).iterdir())):
+    if plans is None:
+        return
+    folder = Path(plans)
+    if (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))) or plans == output:
         raise ValueError(f"--plans must be a new or an empty folder, got {plans!r}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--plans must be a folder that can be made, got {plans!r}: {error.strerror}") from None
+    check_output("--plans", str(folder / "01.json"))
 
 
 def _written(front: Any, output: str | None, plans: str | None) -> list[str]:
@@ -143,9 +155,8 @@ def _written(front: Any, output: str | None, plans: str | None) -> list[str]:
         write_atomically(output, front.to_frame().to_csv(index=False))
         written.append(output)
     if plans is not None:
-        Path(plans).mkdir(parents=True, exist_ok=True)
         for number, point in enumerate(front, start=1):
-            path = Path(plans) / f"{number:0{len(str(len(front)))}}.json"
+            path = Path(plans) / f"{number:0{max(2, len(str(len(front))))}}.json"
             front.plan(point).save(path)
             written.append(str(path))
     return written

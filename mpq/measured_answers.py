@@ -40,6 +40,8 @@ EVOLUTION_KEYS = {
     "options": "list of names",
     "units": "list of names",
     "plans": "how many plans were measured",
+    "samples": "that they were measured on, and chosen by",
+    "stopped": "why the search ended",
     "points": "list of resources, value (measured), standard_error and choices, positions in options",
     "written": "files",
 }
@@ -64,17 +66,16 @@ def refinement_answer(found: Any, *, front: str | None, written: Sequence[str]) 
 
 def smallest_answer(found: Any, *, written: Sequence[str]) -> dict[str, Any]:
     """`SMALLEST_KEYS` of a search for the smallest plan."""
-    held, test = found.heldout, found.test
-    figures = ("drop", "standard_error", "samples")
+    facts = found.facts()
     return {
         "plan": None if found.plan is None else plan_answer(found.plan),
         "resource": {"name": found.resource_name, "value": found.resource},
         "drop": found.drop,
         "limit": found.limit,
-        "p_value": None if test is None else test.p_value,
+        "p_value": facts["p_value"],
         "level": found.level,
         "samples": found.evaluator.samples,
-        "heldout": held and dict(zip(figures, (held.divergence, held.standard_error, held.samples), strict=True)),
+        "heldout": facts["heldout"],
         "unsure": None if found.unsure is None else found.unsure.options,
         "history": [dict(zip(("resource", "drop", "p_value"), step, strict=True)) for step in found.history],
         "stopped": found.stopped,
@@ -94,6 +95,8 @@ def evolution_answer(front: Any, *, written: Sequence[str]) -> dict[str, Any]:
         "options": list(front.options),
         "units": list(front.layers),
         "plans": front.provenance["plans"],
+        "samples": front.provenance["samples"],
+        "stopped": front.provenance["stopped"],
         "points": [
             dict(zip(names, point, strict=True)) | {"choices": choices.tolist()}
             for point, choices in zip(points, front.choices, strict=True)

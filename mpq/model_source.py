@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 import traceback
@@ -102,6 +103,36 @@ def load_function(name: str) -> Callable[..., Any]:
         raise ValueError(f"{file!r} has no function {function!r}")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+@dataclass(frozen=True)
+class FileFunction:
+    """A function of a file that is told apart by all of the file: what it calls there counts as well.
+
+    Attributes:
+        name: "FILE.py:function".
+        digest: of the file.
+        function: what is called.
+    """
+
+    name: str
+    digest: str
+    function: Callable[..., Any]
+
+    @classmethod
+    def load(cls, name: str) -> FileFunction:
+        """The function that "FILE.py:function" names; raises what `load_function` raises."""
+        function = load_function(name)
+        return cls(name, hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest(), function)
+
+    @property
+    def __name__(self) -> str:
+        """Its own name."""
+        return self.name.rpartition(":")[2]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function makes of them."""
+        return self.function(*arguments)
 
 
 def check_holdout(source: ModelSource) -> ModelSource:

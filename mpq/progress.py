@@ -19,7 +19,7 @@ def track(items: Sequence[Item], description: str, *, shown: bool = True) -> Ite
 
 @contextmanager
 def meter(
-    description: str, total: float | None, unit: str, *, shown: bool = True
+    description: str, total: float | None, unit: str, *, digits: int = 0, shown: bool = True
 ) -> Iterator[Callable[[float, str], None]]:
     """What is told how much of a total is done, and what else to show; a total of None is unknown."""
     if not shown or not sys.stderr.isatty():
@@ -29,7 +29,7 @@ def meter(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     most = "" if total is None else f" of {total:g}"
-    counts = TextColumn(f"{{task.completed:.3g}}{most} {unit}{{task.fields[more]}},")
+    counts = TextColumn(f"{{task.completed:.{digits}f}}{most} {unit}{{task.fields[more]}},")
     columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(description, total=total, more="")

@@ -9,7 +9,7 @@ import click
 
 from mpq import completers
 from mpq.command_arguments import (
-    MODEL_HELP,
+    LOADED_MODEL_HELP,
     budget_option,
     cache_option,
     check_output,
@@ -38,7 +38,7 @@ _LEVEL_HELP = "Of the test on fresh samples that a better plan must pass; 0.05 w
 @click.command(
     cls=AnswerCommand,
     answer=REFINEMENT_KEYS,
-    epilog=MODEL_HELP,
+    epilog=LOADED_MODEL_HELP,
     short_help="Improve the plan of a saved TABLE by measuring others on MODEL.",
 )
 @model_options

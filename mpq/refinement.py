@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq.budgets import format_quantity
+from mpq.drops import Metric, metric_name
 from mpq.evaluator import Evaluator, Independent
 from mpq.layer_levels import LayerLevels, LevelEvaluator
 from mpq.limits import Limit, apply_budgets
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from mpq.drops import Metric
     from mpq.quantizer import Quantizer
     from mpq.tasks import LossFunction, Task
 
@@ -235,10 +235,11 @@ def refine(
         search = MeasuredSearch(LevelEvaluator(evaluator, levels), levels.problem, asked, rng)
     else:
         search = MeasuredSearch(evaluator, problem, asked, rng)
+    judge = None if holdout is None else evaluator.elsewhere(holdout, start)
     with evaluator.watched("refine", shown=progress):
         best, stopped = search.run(start if levels is None else levels.middle)
     best = best if levels is None else levels.expanded(best)
-    found = _result(evaluator, search, (best, np.asarray(start)), limits, (holdout, stopped))
+    found = _result(evaluator, search, (best, np.asarray(start)), limits, (judge, stopped))
     how_asked = _how_asked(evaluator, seed, asked)
     return replace(found, plan=_as_asked(found.plan, plan_or_table, pinned, how_asked))
 
@@ -273,8 +274,10 @@ def _as_solved(
 
 
 def _how_asked(evaluator: Evaluator, seed: int, settings: Settings) -> dict[str, Any]:
-    """What `refine` was asked for, as far as it is not its default."""
+    """What `refine` was asked for: its limits and seed, and what else is not its default."""
     asked: dict[str, Any] = {"evaluations": evaluator.evaluations, "seconds": evaluator.seconds, "seed": seed}
+    if evaluator.metric != "divergence":
+        asked["metric"] = metric_name(evaluator.metric)
     if evaluator.independent != "samples":
         asked["independent"] = evaluator.independent
     own = {one.name: getattr(settings, one.name) for one in fields(Settings)}
@@ -335,17 +338,16 @@ def _result(
     search: MeasuredSearch,
     plans: tuple[NDArray[np.int64], NDArray[np.int64]],
     limits: tuple[Limit, ...],
-    rest: tuple[Any, str],
+    rest: tuple[Evaluator | None, str],
 ) -> Refinement:
     """The refinement, with both plans measured on all the data and on the held-out data, whatever that costs."""
-    holdout, stopped = rest
+    judge, stopped = rest
     spent = evaluator.spent
     best, start = (_whole(evaluator, choices) for choices in plans)
     if not best.divergence <= start.divergence:
         plans, best = (plans[1], plans[1]), start
     heldout = None
-    if holdout is not None:
-        judge = evaluator.elsewhere(holdout)
+    if judge is not None:
         judged = [judge.measure(choices).per_sample for choices in plans]
         heldout = Compared.of(judged[0], judged[1], judge.independent)
     cut, unit = search.fresh_from, evaluator.independent

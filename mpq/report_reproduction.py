@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from mpq.drops import METRICS
 from mpq.report_subject import Subject
-from mpq.terminal import refinement_in_words
+from mpq.terminal import refinement_in_words, smallest_in_words
 from mpq.version import VERSION
 
 _TARGETS_OWN = "the target's"  # how a budget is asked that the device itself sets
 
 
 def commands(subject: Subject) -> list[str]:
-    """Command lines: the search, the plan's check on the model, and this page."""
+    """Command lines: the search, the same plan from its table, and this page."""
     kept = subject.plan.provenance
     if not subject.plan.budgets or "options" not in kept:
         return []
@@ -33,19 +34,28 @@ def commands(subject: Subject) -> list[str]:
     for quantity, asked in asked_budgets(subject).items():
         again += ["--budget", f"{quantity}={asked}"]
     report = ["mpq", "report", "plan.json", "--table", "table.parquet", "--model", subject.model]
-    if "quantizer" in (settings := _settings(subject)):
-        report += ["--quantizer", settings["quantizer"]]
+    if quantizer := _quantizer(kept.get("refined") or kept):
+        report += ["--quantizer", quantizer]
     return [shlex.join(line) for line in (search, again, [*report, "--output", "report.html"])]
 
 
+def _quantizer(kept: Mapping[str, Any]) -> str:
+    """What --quantizer was; empty for rounding to nearest."""
+    described = str(kept.get("quantizer", ""))
+    if described.startswith("GPTQ("):
+        return "gptq"
+    return "FOLDER" if described.startswith("WeightDatabase(") else ""
+
+
 def _refined_options(subject: Subject) -> list[str]:
-    """Options of `mpq refine` where they are not its defaults, as far as the command has them."""
-    kept = subject.plan.provenance
-    settings = dict(kept["refined"]["asked"]) | {"metric": kept["refined"]["measured"]}
-    if "quantizer" in (searched := _settings(subject)):
-        settings["quantizer"] = searched["quantizer"]
+    """Options of `mpq refine`, as far as the command has them."""
+    settings = dict(subject.plan.provenance["refined"]["asked"])
+    if settings.get("metric", "loss") not in METRICS:
+        settings["metric"] = f"FILE.py:{settings['metric']}"
+    if quantizer := _quantizer(subject.plan.provenance["refined"]):
+        settings["quantizer"] = quantizer
     known = ("evaluations", "seconds", "seed", "level", "quantizer", "metric", "independent")
-    found = {name: str(settings[name]) for name in known if name in settings and settings[name] != "divergence"}
+    found = {name: str(settings[name]) for name in known if name in settings}
     pins = [("pin", f"{pattern}={option}") for pattern, option in _pins(subject).items()]
     return [part for name, value in (*found.items(), *pins) for part in (f"--{name}", value)]
 
@@ -69,8 +79,8 @@ def _settings(subject: Subject) -> dict[str, str]:
         found["hardware"] = str(hardware["target"])
     if method := method_name(str(kept.get("sensitivity", "")), automatic="why" in kept):
         found["sensitivity"] = method
-    if str(kept.get("quantizer", "")).startswith("GPTQ("):
-        found["quantizer"] = "gptq"
+    if quantizer := _quantizer(kept):
+        found["quantizer"] = quantizer
     if kept.get("granularity", "layer") != "layer":
         found["granularity"] = str(kept["granularity"])
     for name in ("phase", "context"):
@@ -122,12 +132,15 @@ def python_lines(subject: Subject) -> str:
         if name in settings:
             arguments.append(f"{name}={settings[name]!r}")
     arguments += [f"{name}={settings[name]}" for name in ("batch", "context", "seed") if name in settings]
+    arguments += ["quantizer=quantizer"] if "quantizer" in settings else []
     inner = "".join(f"    {argument},\n" for argument in arguments)
     refined = ""
     if kept.get("refined"):
-        asked = dict(kept["refined"]["asked"])
-        asked |= {"metric": metric} if (metric := kept["refined"]["measured"]) != "divergence" else {}
-        refined = "".join(f", {name}={value!r}" for name, value in asked.items())
+        asked = {name: repr(value) for name, value in kept["refined"]["asked"].items()}
+        if (metric := kept["refined"]["asked"].get("metric", "loss")) not in METRICS:
+            asked["metric"] = metric
+        asked |= {"quantizer": "quantizer"} if _quantizer(kept["refined"]) else {}
+        refined = "".join(f", {name}={value}" for name, value in asked.items())
         refined = f"plan = mpq.refine(model, data, plan{refined}).plan\n"
     return f'import mpq\n\nplan = mpq.search(\n    model,\n    data,\n{inner})\n{refined}plan.report("report.html")\n'
 
@@ -142,6 +155,8 @@ def record(subject: Subject) -> list[tuple[str, str]]:
     facts.append(("mpq, of this page", VERSION))
     if kept.get("refined"):
         facts.append(("refined", refinement_in_words(kept["refined"])))
+    if kept.get("smallest"):
+        facts.append(("smallest", smallest_in_words(kept["smallest"])))
     if kept.get("imported"):
         facts.append(("imported from", str(kept["imported"])))
     return facts

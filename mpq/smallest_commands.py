@@ -8,7 +8,7 @@ import click
 
 from mpq import completers
 from mpq.command_arguments import (
-    MODEL_HELP,
+    LOADED_MODEL_HELP,
     budget_option,
     cache_option,
     check_output,
@@ -33,14 +33,14 @@ from mpq.measured_answers import SMALLEST_KEYS
 @click.command(
     cls=AnswerCommand,
     answer=SMALLEST_KEYS,
-    epilog=MODEL_HELP,
+    epilog=LOADED_MODEL_HELP,
     short_help="The smallest plan of a saved TABLE that is measured to lose no more than allowed.",
 )
 @model_options
 @click.argument("table", shell_complete=completers.among((), files=".parquet"))
 @click.option("--drop", required=True, metavar="LIMIT", help="The most that may be lost on average: 1%, 0.01.")
 @independent_option
-@metric_option("accuracy")
+@metric_option("accuracy", "What may drop")
 @click.option(
     "--resource",
     metavar="NAME",
@@ -58,7 +58,7 @@ from mpq.measured_answers import SMALLEST_KEYS
     show_default=True,
     help="Of the test that the drop is below the limit.",
 )
-@click.option("--evaluations", type=click.FloatRange(min=1), help="Plans measured at most; 60 by default.")
+@click.option("--evaluations", type=click.IntRange(min=1), help="Plans measured at most; 60 by default.")
 @seconds_option
 @quantizer_option
 @seed_option
@@ -68,9 +68,9 @@ def smallest(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, 
     """The smallest plan of a saved TABLE that is measured on MODEL's data to lose at most --drop.
 
     Bisection along the table's frontier finds where the drop is within the limit; then plans from there on are tested,
-    smallest first, until the test is sure. Data that the TABLE was not made on says more; where MODEL comes with
-    held-out data, the drop of the result is measured on that as well. With few samples no small drop can be sure:
-    300 without a single flip show one of at most 1%.
+    smallest first, until the test is sure; where it is of none, nothing is written and the exit code is 3. Data that
+    the TABLE was not made on says more; where MODEL comes with held-out data, the drop of the result is measured on
+    that as well. With few samples no small drop can be sure: 300 without a single flip show one of at most 1%.
 
     \b
     mpq search demo --options int2,int3,int4,int8 --budget size=20% --table table.parquet
@@ -102,6 +102,8 @@ def smallest(model: str, table: str, budgets: tuple[str, ...], pins: tuple[str, 
     else:
         click.echo(str(found))
         say_written(*written)
+    if found.plan is None:
+        click.get_current_context().exit(3)
 
 
 def _share(text: str) -> float:

@@ -182,10 +182,10 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2g}%" if fraction else "0%"
 
 
-def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: int, one: str = "") -> None:
+def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: int, how: str = "") -> None:
     """A frontier as a table of at most so many points, the knee marked; a plot where one resource is traded.
 
-    The last line says how to get `one` of them; by default by solving the table.
+    The last line says how to get at points; by default those of a saved table.
     """
     amounts, console = _amounts(table, front, names), open_console()
     plotted = amounts[:, 0], amounts[:, -1]
@@ -207,11 +207,13 @@ def show_front(table: CostTable, front: Any, names: Sequence[str], *, points: in
     for line in plot_lines(*plotted):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     count = len(amounts)
-    shown = f"{count} point{'s' * (count > 1)}"
-    if len(chosen) < count:
-        shown = f"{len(chosen)} of {count:,} points shown, --csv lists all"
-    one = one or f"mpq solve TABLE {' '.join(f'--budget {name}=LIMIT' for name in names[:-1])}"
-    console.print(f"{shown}; one of them: {one}", soft_wrap=True, highlight=False)
+    shown = f"{len(chosen)} of {count:,} points shown" if len(chosen) < count else f"{count} point{'s' * (count > 1)}"
+    if not how:
+        listed = ", --csv lists all" if len(chosen) < count else ""
+        limits = " ".join(f"--budget {name}=LIMIT" for name in names[:-1])
+        console.print(f"{shown}{listed}; one of them: mpq solve TABLE {limits}", soft_wrap=True, highlight=False)
+        return
+    console.print(f"{shown}; {how}", soft_wrap=True, highlight=False)
 
 
 def _amount(table: CostTable, name: str, value: float) -> str:

@@ -138,6 +138,12 @@ def _made_with(plan: Plan) -> Iterable[str]:
         yield f"scored by {method.split('(')[0]} on {plan.provenance['samples']} samples{by}{why}"
     if refined := plan.provenance.get("refined"):
         yield f"refined by measurement: {refinement_in_words(refined)}"
+    if found := plan.provenance.get("smallest"):
+        yield f"smallest by measurement: {smallest_in_words(found)}"
+    if point := plan.provenance.get("frontier"):
+        error = f" ± {point['standard_error']:.2g}" if "standard_error" in point else ""
+        figure = f"{point['measured']} {point['value']:.4g}{error}"
+        yield f"a point of a measured frontier: {figure} on the data that chose it"
     if plan.help:
         yield f"done after the formats were chosen: {', '.join(plan.help)}"
 
@@ -158,6 +164,23 @@ def refinement_in_words(refined: Mapping[str, Any]) -> str:
         judged = f"held out {held['start']:.4g} -> {held['best']:.4g} on {held['samples']} (p = {held['p_value']:.2g})"
     gain = f"{refined['measured']} {chosen['start']:.4g} -> {chosen['best']:.4g}"
     return f"{gain} on the {chosen['samples']} {unit} that chose it among {refined['plans']} plans; {judged}"
+
+
+def smallest_in_words(found: Mapping[str, Any]) -> str:
+    r"""What a plan's provenance says of the search for the smallest.
+
+    Example:
+        >>> print(smallest_in_words({"measured": "accuracy drop", "resource": "size", "drop": 0.002, "limit": 0.01,
+        ...     "p_value": 0.014, "plans": 11, "samples": 512, "heldout": None}).replace("; ", ";\n"))
+        accuracy drop 0.002 of 0.01 allowed, p = 0.014, least size of 11 plans on 512 samples;
+        not judged on held-out data
+    """
+    held, judged = found["heldout"], "not judged on held-out data"
+    if held is not None:
+        judged = f"held out {held['drop']:.4g} ± {held['standard_error']:.2g} on {held['samples']}"
+    allowed = f"{found['measured']} {found['drop']:.4g} of {found['limit']:g} allowed, p = {found['p_value']:.2g}"
+    unit = found.get("independent", "samples")
+    return f"{allowed}, least {found['resource']} of {found['plans']} plans on {found['samples']} {unit}; {judged}"
 
 
 def plan_csv(plan: Plan) -> str:

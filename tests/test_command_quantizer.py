@@ -157,13 +157,13 @@ QUICK = ("--evaluations", "3", "--json")
 def test_refine_takes_quantiser_and_metric(gptq, tmp_path):
     asked = ("refine", MODEL, gptq["table"], *BUDGET)
     found = json.loads(done(*asked, "--quantizer", "gptq", "--metric", "loss", *QUICK).stdout)
-    assert found["plan"]["provenance"]["refined"]["measured"] == "loss"
+    assert found["plan"]["provenance"]["refined"]["measured"] == "loss rise"
     file = tmp_path / "figures.py"
     file.write_text(
         "def margin(outputs):\n    top = outputs.values.topk(2, 1).values\n    return top[:, 0] - top[:, 1]\n"
     )
     other = done(*asked, "--metric", f"{file}:margin", *QUICK)
-    assert json.loads(other.stdout)["plan"]["provenance"]["refined"]["measured"] == "margin"
+    assert json.loads(other.stdout)["plan"]["provenance"]["refined"]["measured"] == "margin drop"
     assert "scored by the error of GPTQ" in other.stderr
     model, data, _, holdout = load()
     from mpq.evaluator import Evaluator

@@ -23,6 +23,7 @@ from mpq.budgets import format_quantity
 from mpq.layers import Layer
 from mpq.options import Option
 from mpq.plan import Entry, Plan, Split
+from mpq.quantizer_choice import choose_quantizer
 from mpq.report_axes import Axis
 from mpq.report_exchange import exchanges
 from mpq.report_formats import looks
@@ -349,6 +350,10 @@ def test_commands_make_the_plan_again(plan, table, tmp_path, monkeypatch):
     compile(python_lines(Subject(plan=plan, table=table)), "page", "exec")
 
 
+def margin(outputs):
+    return outputs.values.amax(1)
+
+
 def test_a_refined_plan_is_refined_again():
     from mpq.__main__ import main
 
@@ -358,16 +363,20 @@ def test_a_refined_plan_is_refined_again():
     subject = Subject(plan=plan, table=made.table, model="demo")
     _, again, _ = (shlex.split(line) for line in commands(subject))
     assert again[:4] == ["mpq", "refine", "demo", "table.parquet"]
-    assert "--quantizer" not in again
     parsed = main.commands["refine"].make_context("refine", again[2:]).params
     assert (parsed["evaluations"], parsed["seed"], parsed["level"], parsed["metric"]) == (3, 2, 0.5, "loss")
     assert (parsed["budgets"], parsed["pins"]) == (("size=45%",), ("head=int3",))
-    by_gptq = replace(plan, provenance={**plan.provenance, "quantizer": "GPTQ(damping=0.01)"})
-    for line in commands(Subject(plan=by_gptq, table=made.table, model="demo")):
-        assert "--quantizer gptq" in line
+    quantizer = choose_quantizer("gptq", model, data)
+    by_gptq = mpq.refine(model, data, made, evaluations=3, quantizer=quantizer, metric=margin).plan
+    searched, again, report = commands(Subject(plan=by_gptq, table=made.table, model="demo"))
+    assert "--quantizer" not in searched
+    assert "--quantizer gptq" in report
+    assert "--quantizer gptq" in again
+    assert "--metric FILE.py:margin" in again
+    assert "metric=margin, quantizer=quantizer)" in python_lines(Subject(plan=by_gptq, table=made.table))
     lines = python_lines(subject)
     compile(lines, "page", "exec")
-    asked = "evaluations=3, seed=2, kbest=4, level=0.5, metric='loss'"
+    asked = "evaluations=3, seed=2, metric='loss', kbest=4, level=0.5"
     assert f"plan = mpq.refine(model, data, plan, {asked}).plan" in lines
     assert dict(record(subject))["refined"] == refinement_in_words(plan.provenance["refined"])
 
