@@ -40,7 +40,7 @@ from mpq.measured_answers import SMALLEST_KEYS
 @click.argument("table", shell_complete=completers.among((), files=".parquet"))
 @click.option("--drop", required=True, metavar="LIMIT", help="The most that may be lost on average: 1%, 0.01.")
 @independent_option
-@metric_option("accuracy", "What may drop")
+@metric_option("accuracy", "What --drop limits")
 @click.option(
     "--resource",
     metavar="NAME",
