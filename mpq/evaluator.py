@@ -128,7 +128,7 @@ class Evaluator:
         self._pieces = shuffled_pieces(batches, cut, np.random.default_rng(seed))
         sizes = np.array([batch_size(piece) for piece in self._pieces])
         self._counts = sizes if independent == "samples" else np.ones_like(sizes)
-        self._weights = sizes / sizes.mean()
+        self._shares = sizes / sizes.mean()
         self._edges = np.cumsum([0, *self._counts])
         self.samples = int(self._edges[-1])
         self.weights = KeptWeights(quantizer or RoundToNearest(), kept_bytes)
@@ -373,7 +373,7 @@ class Evaluator:
             for piece, (reference, outputs) in zip(pieces, pairs, strict=True):
                 found = self._drop(reference, outputs).detach().cpu().double().numpy()
                 self.runs += len(found)
-                yield found if self.independent == "samples" else found.mean(keepdims=True) * self._weights[piece]
+                yield found if self.independent == "samples" else found.mean(keepdims=True) * self._shares[piece]
 
     def outputs(self, codes: NDArray[np.int64], pieces: range) -> Generator[tuple[Outputs, Outputs]]:
         """Full precision's outputs and those of a plan, piece by piece; the plan's with gradients where asked for."""

@@ -4,26 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from model_file import load
 from test_command_line import MODEL
+from test_command_quantizer import done, run
 
 import mpq
-from mpq.__main__ import main
 from mpq.evaluator import Evaluator
 from mpq.terminal import smallest_in_words
 
 pytest.importorskip("optuna", reason="the extra mpq-search[evolve] is not installed")
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def done(*arguments):
-    finished = run(*arguments)
-    assert finished.exit_code == 0, finished.output
-    return finished
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +45,7 @@ def test_smallest_finds_what_python_finds(table, tmp_path):
     assert "held out: " in shown
 
 
-def test_smallest_keeps_budgets_and_pins(table):
+def test_smallest_takes_resource_and_pins(table):
     asked = ("smallest", MODEL, table, "--drop", "0.5", "--metric", "divergence", "--json")
     free = json.loads(done(*asked, "--resource", "bops").stdout)
     assert free["resource"] == {"name": "bops", "value": free["plan"]["predicted"]["bops"]}
